@@ -1,0 +1,1 @@
+"""Stage 1: rows from files and datasets."""

@@ -1,0 +1,1 @@
+"""Who runs the step: one process, DDP and, in time, sharded engines."""

@@ -1,0 +1,1 @@
+"""Kernels for preference optimisation with many candidates per prompt."""

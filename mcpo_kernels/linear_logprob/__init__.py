@@ -1,0 +1,1 @@
+"""The fused language-model head: linear, log-softmax, gather, sum."""

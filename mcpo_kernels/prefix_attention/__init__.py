@@ -1,0 +1,1 @@
+"""Attention over packed segments that share prefixes."""
