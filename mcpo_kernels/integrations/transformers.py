@@ -126,8 +126,8 @@ def attention(
     if not isinstance(attention_mask, PackedMask):
         raise TypeError(
             f"{type(module).__name__} passed {type(attention_mask).__name__} as its attention "
-            f"mask where {ATTENTION_NAME!r} expects a PackedMask: this model builds its masks by itself; "
-            "use 'sdpa' and one sequence per row"
+            f"mask where {ATTENTION_NAME!r} expects a PackedMask: this model builds its masks by "
+            "itself; use 'sdpa' and one sequence per row"
         )
     if options.get("dropout"):
         raise NotImplementedError(
