@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -25,10 +26,8 @@ def test_an_explicit_choice_never_falls_back(name):
     if available_impls()[Impl(name)].available:
         assert resolve(name, CPU, torch.float32) == (Impl(name), f"asked for: {name}")
     else:
-        message = (
-            rf"impl='{name}' cannot run here: .*; use one of 'reference', 'chunked', or 'auto'"
-        )
-        with pytest.raises(RuntimeError, match=message):
+        cannot = re.escape(f"impl='{name}' cannot run here: ")
+        with pytest.raises(RuntimeError, match=cannot + r".*use one of 'reference', 'chunked', or"):
             resolve(name, CPU, torch.float32)
 
 
