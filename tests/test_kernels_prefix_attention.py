@@ -100,11 +100,12 @@ def test_random_trees(seed):
     assert_agree(layout, make_tensors(layout, sinks="sinks" in rule), rule)
 
 
-@pytest.mark.parametrize("rule", [RULES["softcap"], RULES["sinks"], RULES["all"]], ids=str)
-def test_long_runs_are_cut_for_the_explicit_softmax(rule, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_runs_longer_than_a_block(layout, rule, monkeypatch):
     monkeypatch.setattr(sdpa, "EXPLICIT_BLOCK", 4)
-    for layout in LAYOUTS.values():
-        assert_agree(layout, make_tensors(layout, sinks="sinks" in rule), rule)
+    monkeypatch.setattr(sdpa, "MIN_WINDOW_BLOCK", 2)
+    assert_agree(layout, make_tensors(layout, sinks="sinks" in rule), rule)
 
 
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["window 3"], RULES["all"]], ids=str)

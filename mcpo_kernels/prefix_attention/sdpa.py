@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Of the explicit softmax: half of a [L, L] square is spared for L of a few blocks, and the GEMMs
 # stay large.
 EXPLICIT_BLOCK = 256
+# Of a window: at least so many queries share the keys that a block of them sees.
+MIN_WINDOW_BLOCK = 128
 
 
 def attend(
@@ -38,8 +40,7 @@ def attend(
         # No piece, yet gradients (of zero) are owed to every input.
         return _explicit_attention(query_HTD[None], key_HTD[None], value_HTE[None], rule)[0]
     explicit = rule.softcap is not None or rule.sinks_H is not None
-    block = EXPLICIT_BLOCK if explicit else rule.window
-    plan = make_plan(layout, rule.window, block)
+    plan = make_plan(layout, rule.window, _block(rule.window, explicit=explicit))
     # Split once and gather by concatenation: the backward of either costs what is copied, that
     # of a slice or an index costs a whole [H, T, D], and an index adds up in any order on CUDA.
     queries = query_HTD.split(plan.part_lengths, dim=1)
@@ -54,6 +55,13 @@ def attend(
         output_BHLE = attention(query_BHLD, key_BHKD, value_BHKE, rule)
         outputs.update(zip(_first_parts(group), output_BHLE.unbind(0), strict=True))
     return torch.cat([outputs[first] for first in sorted(outputs)], dim=1)
+
+
+def _block(window: int | None, *, explicit: bool) -> int | None:
+    """Queries of a piece at most."""
+    if explicit:
+        return EXPLICIT_BLOCK
+    return None if window is None else max(window, MIN_WINDOW_BLOCK)
 
 
 def _join(parts: tuple[Tensor, ...], numbers: Iterable[int]) -> Tensor:
