@@ -56,7 +56,7 @@ class CandidateRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedGroup:
-    """A prompt and its candidates in token space; every candidate ends with EOS unless truncated."""
+    """A prompt and its candidates in token space, each ending with EOS unless truncated."""
 
     row_id: str
     prompt_ids: tuple[int, ...]
@@ -73,8 +73,9 @@ class TokenizedGroup:
 class PackedBatch:
     """P prompts with their candidates, laid end to end without padding.
 
-    The last token of a candidate predicts nothing, so it is a target only and no input. The last prompt
-    token predicts the first token of every candidate of its prompt, so its row is scored several times.
+    The last token of a candidate predicts nothing, so it is a target only and no input. The last
+    prompt token predicts the first token of every candidate of its prompt, so its row is scored
+    several times.
     """
 
     row_ids: tuple[str, ...]
