@@ -1,9 +1,9 @@
 """Stage 3: tokenized groups laid end to end, without padding.
 
 With a shared prefix a group is ``[prompt | candidate 0 | candidate 1 | ...]`` and every candidate
-continues the prompt; without, every candidate is a sequence of its own that begins with a copy of the
-prompt. Either way each candidate starts at the position that follows its prompt, and its last token is
-a target only.
+continues the prompt; without, every candidate is a sequence of its own that begins with a copy of
+the prompt. Either way each candidate starts at the position that follows its prompt, and its last
+token is a target only.
 """
 
 from __future__ import annotations
