@@ -12,32 +12,36 @@ NO_PARENT = -1
 class PrefixLayout:
     """Segments laid end to end, each continuing its parent segment or starting afresh.
 
-    A token attends causally to its own segment and to the whole of every ancestor. The same type serves plain
-    varlen packing (no parents), a prompt with its candidates, and deeper trees.
+    A token attends causally to its own segment and to the whole of every ancestor. The same type
+    serves plain varlen packing (no parents), a prompt with its candidates, and deeper trees.
 
     Args:
         lengths: tokens of each segment, in packed order; 0 is allowed.
-        parents: index of the segment whose tokens are the prefix, or ``NO_PARENT``; always an earlier one.
+        parents: index of the segment whose tokens are the prefix, or ``NO_PARENT``; always an
+            earlier one.
 
     Raises:
-        ValueError: lengths and parents differ in number, a length is negative, or a parent is not earlier.
+        ValueError: lengths and parents differ in number, a length is negative, or a parent is not
+            earlier.
     """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        """Check."""
         if len(self.lengths) != len(self.parents):
             raise ValueError(
-                f"lengths and parents must have one entry per segment, got {len(self.lengths)} lengths "
-                f"and {len(self.parents)} parents"
+                "lengths and parents must have one entry per segment, got "
+                f"{len(self.lengths)} lengths and {len(self.parents)} parents"
             )
         for segment, (length, parent) in enumerate(zip(self.lengths, self.parents, strict=True)):
             if length < 0:
                 raise ValueError(f"lengths must be >= 0, got {length} for segment {segment}")
             if not NO_PARENT <= parent < segment:
                 raise ValueError(
-                    f"a parent must be {NO_PARENT} or an earlier segment, got {parent} for segment {segment}"
+                    f"a parent must be {NO_PARENT} or an earlier segment, got {parent} for segment "
+                    f"{segment}"
                 )
 
     @classmethod

@@ -1,0 +1,137 @@
+"""The torch ops: schema, fake kernel and autograd of the fused head and of the segment sum.
+
+Values are checked here and not in the public functions: under torch.compile only the body of an
+op sees them.
+"""
+# N scored tokens, S sequences
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from mcpo_kernels.impl import Impl
+from mcpo_kernels.linear_logprob import chunked, validate
+from mcpo_kernels.linear_logprob.head import Head, Needs, Saved, accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@torch.library.custom_op("mcpo::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp [N], lse [N]); lse is what backward reuses and is not differentiable."""
+    assert impl == Impl.CHUNKED.value, impl
+    validate.check_targets(targets, weight.shape[0])
+    return chunked.forward(hidden, targets, Head(weight, bias, softcap, scale))
+
+
+# The schema of an op is flat, so its arguments cannot be bundled.
+@torch.library.custom_op("mcpo::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(  # noqa: PLR0913
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    logp: torch.Tensor,
+    lse: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    needs: list[bool],
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dhidden, dweight, dbias), an empty tensor where ``needs`` is False."""
+    assert impl == Impl.CHUNKED.value, impl
+    head, saved = Head(weight, bias, softcap, scale), Saved(hidden, targets, logp, lse)
+    gradients = chunked.backward(grad, saved, head, Needs(*needs))
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return dhidden, dweight, dbias
+
+
+@torch.library.custom_op("mcpo::segment_sum", mutates_args=())
+def segment_sum(values: torch.Tensor, seq_ids: torch.Tensor, num_seqs: int) -> torch.Tensor:
+    """[S] sums of the values [N] of each sequence; 0 for one without any.
+
+    Added up one after the other in float64 and rounded once, so neither the order nor the length
+    costs precision; no atomics, so the same bits every time.
+    """
+    validate.check_seq_ids(seq_ids, num_seqs)
+    borders = torch.arange(num_seqs + 1, device=seq_ids.device)
+    offsets = torch.searchsorted(seq_ids, borders)
+    # unsafe: the offsets are right by construction, and checking them would wait for the device.
+    sums = torch.segment_reduce(
+        values.double(), "sum", offsets=offsets, axis=0, initial=0, unsafe=True
+    )
+    return sums.to(values.dtype)
+
+
+@linear_logprob.register_fake
+def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    num_tokens = hidden.shape[0]
+    return hidden.new_empty(num_tokens, dtype=dtype), hidden.new_empty(num_tokens, dtype=dtype)
+
+
+@linear_logprob_backward.register_fake
+def _(
+    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = Needs(*rest[-2])
+    return (
+        torch.empty_like(hidden) if needs.hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs.weight else hidden.new_empty(0),
+        torch.empty_like(bias) if needs.bias and bias is not None else hidden.new_empty(0),
+    )
+
+
+@segment_sum.register_fake
+def _(values: Tensor, seq_ids: Tensor, num_seqs: int) -> Tensor:
+    return values.new_empty(num_seqs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, targets, bias, ctx.softcap, ctx.scale, ctx.impl = inputs
+    logp, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, targets, bias, logp, lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[argument] for argument in (0, 1, 3)]
+    gradients = linear_logprob_backward(
+        grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, needs, ctx.impl
+    )
+    dhidden, dweight, dbias = (
+        g if need else None for g, need in zip(gradients, needs, strict=True)
+    )
+    return dhidden, dweight, None, dbias, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "linear_logprob can be differentiated once; use impl='reference' for second derivatives"
+    )
+
+
+def _save_seq_ids(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (seq_ids,) = ctx.saved_tensors
+    return grad[seq_ids], None, None
+
+
+linear_logprob.register_autograd(_differentiate, setup_context=_save)
+linear_logprob_backward.register_autograd(_refuse_second_derivative)
+segment_sum.register_autograd(_spread, setup_context=_save_seq_ids)

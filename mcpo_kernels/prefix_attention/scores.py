@@ -1,0 +1,20 @@
+"""How a query weighs the keys it sees; the same for every implementation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ScoreRule(NamedTuple):
+    """weights = softmax(softcap(scale * query @ key)), over the keys seen and the sink."""
+
+    scale: float
+    window: int | None
+    """Keys at distance 0 .. window - 1 along the chain of ancestors are seen; None for all."""
+    softcap: float | None
+    """c in c * tanh(z / c), or None."""
+    sinks_H: Tensor | None
+    """Per head the logit of a key without value, or None."""
