@@ -51,7 +51,15 @@ class DataConfig:
         (), "files, datasets, dataset:split; in YAML also {path, schema, split, fraction, max_rows}"
     )
     eval_data: tuple[SourceSpec, ...] = _option((), "held-out groups for preference accuracy")
-    score_field: str = _option("overall_score", "which score ranks an ultrafeedback completion")
+    score_field: Literal["overall_score", "fine-grained_score", "aspect_mean"] = _option(
+        "fine-grained_score", "which score ranks an ultrafeedback completion"
+    )
+    ties: Literal["drop_rivals", "drop_row", "keep"] = _option(
+        "drop_rivals", "where several are best: drop the chosen one's equals, the row, or nothing"
+    )
+    bad_rows: Literal["error", "drop"] = _option(
+        "error", "whether a row that cannot be read stops the run or is counted"
+    )
     nectar_drop_second: bool = _option(True, "leave out Nectar's rank 2, as the paper does")
     max_length: int | None = _option(1024, "most tokens of a prompt with one completion")
     too_long: Literal["drop", "truncate_completion", "truncate_prompt", "error"] = _option(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mcpo.config import Config, DataConfig
-from mcpo.data.rows import load_rows
+from mcpo.data.rows import RowOptions, load_rows
 from mcpo.data.mixture import SourceSpec
 from mcpo.findings import describe
 from mcpo.records import TokenizedGroup
@@ -73,7 +73,13 @@ def _groups_of(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> tuple[tuple[TokenizedGroup, ...], str]:
-    loaded = load_rows(sources, config, seed=seed)
+    options = RowOptions(
+        nectar_drop_second=config.nectar_drop_second,
+        score_field=config.score_field,
+        ties=config.ties,
+        bad_rows=config.bad_rows,
+    )
+    loaded = load_rows(sources, options=options, seed=seed)
     tokenized = tokenize(
         loaded.rows,
         tokenizer,

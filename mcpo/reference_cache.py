@@ -101,8 +101,9 @@ def complete(
     """
     folder.mkdir(parents=True, exist_ok=True)
     have = read(folder)
-    missing = [batch for batch in batches if not all(_present(group, have) for group in batch)]
-    mine = missing[rank::world_size]
+    # Shared out before looking at what is missing: another rank may be writing by now.
+    share = batches[rank::world_size]
+    mine = [batch for batch in share if not all(_present(group, have) for group in batch)]
     if not mine:
         return 0
     path = folder / f"rank{rank}.jsonl"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -22,7 +23,7 @@ from mcpo.engine import Engine, launched_by_torchrun, local_rank
 from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
-from mcpo.evaluate.verifiable import Item, load_items
+from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.loop import Job, count_steps, save, train
 from mcpo.losses import loss_named
 from mcpo.metrics import tracker
@@ -55,6 +56,8 @@ def run(config: Config) -> None:
     loss_named(config.loss.loss_type)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # Its bars for a single shard say nothing that ours do not.
+    disable_progress_bars()
     placement = place(config.model, local_rank=local_rank())
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
     console.print(placement.reason)
@@ -76,7 +79,7 @@ def run(config: Config) -> None:
 def _run(
     config: Config,
     placement: Placement,
-    items: Sequence[Item],
+    items: Sequence[VerifiableItem],
     console: Console,
     *,
     distributed: bool,
@@ -86,7 +89,7 @@ def _run(
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     policy = Policy(
         model.to(placement.device).train(),
         head_impl=config.model.head_impl,
@@ -169,8 +172,9 @@ def _self_check(
         engine.policy, checked, references, beta=config.loss.beta, rounding=rounding
     )
     console.print(
-        f"self-check passed: packed equals plain to {rounding:.1e} nats per root token, policy "
-        f"equals reference to {gap:.1e} nats"
+        f"self-check passed: rounding {rounding:.1e} nats per root of a token, packed against plain; "
+        f"policy equals reference to {gap:.1e} nats",
+        soft_wrap=True,
     )
 
 

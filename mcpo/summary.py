@@ -16,7 +16,8 @@ from rich.table import Table
 from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.evaluate.generate import Completion
-from mcpo.evaluate.verifiable import Item, PairedResult, compare
+from mcpo.evaluate.verifiable import VerifiableItem, compare, score
+from mcpo.evaluate.statistics import PairedResult
 from mcpo.loop import Job
 from mcpo.metrics import peak_memory_mb, read_metrics
 
@@ -24,7 +25,7 @@ from mcpo.metrics import peak_memory_mb, read_metrics
 def finish(
     job: Job,
     state: TrainState,
-    items: Sequence[Item],
+    items: Sequence[VerifiableItem],
     before: Sequence[Completion],
     after: Sequence[Completion],
     *,
@@ -41,9 +42,11 @@ def finish(
         wall_s: of everything: loading, reference, training and decoding.
     """
     metrics = read_metrics(job.output_dir / "metrics.jsonl")
-    paired = compare(items, before, after) if items else None
+    parts = compare(items, score(items, before), score(items, after)) if items else {}
+    paired = parts.get("all")
     summary: dict[str, Any] = {
         **(_heldout(paired) if paired else {}),
+        "heldout_parts": {part: _heldout(result) for part, result in parts.items()},
         "preference_accuracy": _last(metrics, "eval_rewards/accuracies"),
         "wall_s": wall_s,
         "train_wall_s": state.wall_s,
@@ -90,7 +93,7 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
             f"{summary['heldout_difference']:+.1%} +- {summary['heldout_se_difference']:.1%}",
         )
         table.add_row("p-value, paired", f"{summary['heldout_p_value']:.2g}")
-        table.add_row("held-out checks, prompts", _counts(summary))
+        table.add_row("held-out checks", f"{summary['heldout_n']}")
     if summary["preference_accuracy"] is not None:
         table.add_row("held-out preference accuracy", f"{summary['preference_accuracy']:.1%}")
     table.add_row(
@@ -130,8 +133,8 @@ def plot(metrics: Sequence[Mapping[str, Any]], paired: PairedResult | None, path
     if paired and metrics:
         accuracy_axis.errorbar(
             [0, metrics[-1]["step"]],
-            [paired.before, paired.after],
-            yerr=[paired.se_before, paired.se_after],
+            [paired.before.mean, paired.after.mean],
+            yerr=[paired.before.stderr, paired.after.stderr],
             fmt="s--",
             capsize=4,
             label="checks passed, greedy",
@@ -156,20 +159,15 @@ def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 def _heldout(paired: PairedResult) -> dict[str, Any]:
     return {
-        "heldout_pass_before": paired.before,
-        "heldout_pass_after": paired.after,
-        "heldout_se_before": paired.se_before,
-        "heldout_se_after": paired.se_after,
-        "heldout_difference": paired.difference,
-        "heldout_se_difference": paired.se_difference,
+        "heldout_pass_before": paired.before.mean,
+        "heldout_pass_after": paired.after.mean,
+        "heldout_se_before": paired.before.stderr,
+        "heldout_se_after": paired.after.stderr,
+        "heldout_difference": paired.difference.mean,
+        "heldout_se_difference": paired.difference.stderr,
         "heldout_p_value": paired.p_value,
         "heldout_n": paired.num_checks,
-        "heldout_prompts_n": paired.num_prompts,
     }
-
-
-def _counts(summary: Mapping[str, Any]) -> str:
-    return f"{summary['heldout_n']}, {summary['heldout_prompts_n']}"
 
 
 def _last(metrics: Sequence[Mapping[str, Any]], name: str) -> float | None:

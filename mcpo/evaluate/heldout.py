@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mcpo.config import RunConfig
 from mcpo.engine import Engine
 from mcpo.evaluate.generate import Completion, greedy
-from mcpo.evaluate.verifiable import Item
+from mcpo.evaluate.verifiable import VerifiableItem
 from mcpo.policy import unpacked
 from mcpo.progress import progress
 
@@ -22,7 +22,7 @@ from mcpo.progress import progress
 def decode(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    items: Sequence[VerifiableItem],
     config: RunConfig,
     console: Console,
     *,
@@ -61,8 +61,8 @@ def decode(
     return every
 
 
-def _write(path: Path, items: Sequence[Item], completions: Sequence[Completion]) -> None:
+def _write(path: Path, items: Sequence[VerifiableItem], completions: Sequence[Completion]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for item, completion in zip(items, completions, strict=True):
-            file.write(json.dumps({"id": item.id, **asdict(completion)}) + "\n")
+            file.write(json.dumps({"id": item.item_id, **asdict(completion)}) + "\n")
