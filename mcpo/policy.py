@@ -8,7 +8,7 @@ may be a shard, a stale view, or miss its gradient reduction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,16 @@ class ScoringHead(nn.Linear):
             batch.target_N,
             batch.seq_of_N,
             batch.num_seqs,
-            bias=None if self.bias is None else self.bias.to(dtype),
+            bias=self._bias_to(dtype),
             softcap=self.scaling.softcap,
             scale=self.scaling.scale,
             impl=self.impl,
         )
+
+    def _bias_to(self, dtype: torch.dtype) -> Tensor | None:
+        # torch types the bias of a Linear as always there.
+        bias: Tensor | None = self.bias
+        return None if bias is None else bias.to(dtype)
 
 
 class Policy(nn.Module):
@@ -102,7 +107,8 @@ class Policy(nn.Module):
                 "the model must end in a linear output projection to be scored, got "
                 f"{type(projection).__name__} in {type(model).__name__}"
             )
-        self.plain_attention = model.config._attn_implementation
+        # There is no public name for the implementation that transformers chose.
+        self.plain_attention: str = getattr(model.config, "_attn_implementation", None) or "eager"
         scaling = HeadScaling.of(model.config)
         model.set_output_embeddings(ScoringHead(projection, scaling, head_impl))
         model.set_attn_implementation(ATTENTION_NAME)
@@ -117,7 +123,9 @@ class Policy(nn.Module):
             device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
             hidden_ND = self.scored_hidden(batch)
-            return self.model.get_output_embeddings()(hidden_ND, batch)
+            head = self.model.get_output_embeddings()
+            assert isinstance(head, ScoringHead)
+            return head(hidden_ND, batch)
 
     def scored_hidden(self, batch: PackedBatch) -> Tensor:
         """[N, D] final hidden states of the scored rows."""
@@ -131,7 +139,7 @@ class Policy(nn.Module):
 
 
 @contextmanager
-def unpacked(policy: Policy) -> Iterator[PreTrainedModel]:
+def unpacked(policy: Policy) -> Generator[PreTrainedModel]:
     """The model with its own attention, for plain forwards and ``generate``."""
     policy.model.set_attn_implementation(policy.plain_attention)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 @contextmanager
-def progress(console: Console, what: str, total: int, *, quiet: bool = False) -> Iterator[Advance]:
+def progress(console: Console, what: str, total: int, *, quiet: bool = False) -> Generator[Advance]:
     """Show the progress of ``total`` units; yields the function to call as they are done."""
     if quiet:
         yield lambda units, note="": None

@@ -24,7 +24,7 @@ from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
-from mcpo.loop import Job, count_steps, save, train
+from mcpo.loop import Job, count_steps, train
 from mcpo.losses import loss_named
 from mcpo.metrics import tracker
 from mcpo.models import load_model
@@ -91,10 +91,9 @@ def _run(
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     policy = Policy(
-        model.to(placement.device).train(),
-        head_impl=config.model.head_impl,
-        autocast_dtype=placement.autocast_dtype,
+        model, head_impl=config.model.head_impl, autocast_dtype=placement.autocast_dtype
     )
+    policy.to(placement.device).train()
     optimizer = build_optimizer(policy, config.optim)
     engine: Engine = (
         DDPEngine(policy, optimizer, placement.device)

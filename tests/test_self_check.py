@@ -45,7 +45,7 @@ def test_a_model_that_mixes_tokens_outside_attention_is_refused(dtype: torch.dty
     policy = policy_of(dtype)
     layer = policy.model.model.layers[0]
     layer.register_forward_hook(
-        lambda _, __, output: output + 0.3 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+        lambda _, __, output: output + 3.0 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
     )
     with pytest.raises(ValueError, match="LlamaForCausalLM must give the same log-probabilities"):
         check_packing(policy, GROUPS[0], share_prefix=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ class DDPEngine:
         return module
 
     @contextmanager
-    def micro_step(self, *, last: bool) -> Iterator[None]:
+    def micro_step(self, *, last: bool) -> Generator[None]:
         """Keep gradients local until the last micro-batch, however many a rank has."""
         if last:
             yield
