@@ -141,6 +141,13 @@ def test_an_end_of_turn_that_is_not_eos_ends_the_completion():
     assert found == {}
 
 
+def test_eos_is_the_end_among_other_special_tokens_of_the_template():
+    template = CHATML.replace("<|im_end|>\n{% endfor", "<s><|im_end|><|im_start|>\n{% endfor")
+    groups, found = run(make_tokenizer(template), row())
+    assert groups[0][1] == ["yes<s><|im_end|>", "no<s><|im_end|>"]
+    assert found == {}
+
+
 @pytest.mark.parametrize("prompt_format", ["chat", "plain"])
 def test_eos_in_the_text_is_not_doubled_and_one_inside_is_counted(prompt_format):
     rows = row(chosen="yes<|im_end|>", pool=("n<|im_end|>o",))
