@@ -157,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     """One option per field, grouped by section; values stay words until ``convert``."""
     parser = argparse.ArgumentParser(
         prog="python -m mcpo.train",
-        description="Train a causal LM with MC-PO. `torchrun --nproc-per-node 2 -m mcpo.train` runs "
-        "the same job on several processes.",
+        description="Train a causal LM with MC-PO. `torchrun --nproc-per-node 2 -m mcpo.train` "
+        "runs the same job on several processes.",
         epilog="example: python -m mcpo.train --config recipes/default.yaml --learning_rate 5e-6",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),

@@ -48,6 +48,6 @@ def build_schedule(
         )
     except ValueError as error:
         raise ValueError(
-            f"lr_scheduler_type must be a schedule of transformers (linear, cosine, constant, ...), "
+            "lr_scheduler_type must be a schedule of transformers (linear, cosine, constant...), "
             f"got {config.lr_scheduler_type!r}"
         ) from error

@@ -77,8 +77,8 @@ class ScoringHead(nn.Linear):
         )
 
     def _bias_to(self, dtype: torch.dtype) -> Tensor | None:
-        # torch types the bias of a Linear as always there.
-        bias: Tensor | None = self.bias
+        # torch types the attribute ``bias`` of a Linear as always there.
+        bias = self._parameters["bias"]
         return None if bias is None else bias.to(dtype)
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mcpo.config import Config, DataConfig
-from mcpo.data.rows import RowOptions, load_rows
 from mcpo.data.mixture import SourceSpec
+from mcpo.data.rows import RowOptions, load_rows
 from mcpo.findings import describe
 from mcpo.records import TokenizedGroup
 from mcpo.tokens import TokenConfig, token_hash, tokenize

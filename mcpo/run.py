@@ -171,7 +171,7 @@ def _self_check(
         engine.policy, checked, references, beta=config.loss.beta, rounding=rounding
     )
     console.print(
-        f"self-check passed: rounding {rounding:.1e} nats per root of a token, packed against plain; "
+        f"self-check passed: packed equals plain to {rounding:.1e} nats per root of a token, "
         f"policy equals reference to {gap:.1e} nats",
         soft_wrap=True,
     )

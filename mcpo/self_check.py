@@ -55,8 +55,8 @@ def check_packing(policy: Policy, group: TokenizedGroup, *, share_prefix: bool) 
         raise ValueError(
             f"{type(policy.model).__name__} must give the same log-probabilities packed and alone; "
             f"row {group.row_id!r}, candidate {worst}: {packed_C[worst]:.4f} packed, "
-            f"{exact_C[worst]:.4f} alone, {budget_C[worst]:.4f} allowed for rounding. Its layers do "
-            "not follow the packed layout (linear attention or its own attention code): "
+            f"{exact_C[worst]:.4f} alone, {budget_C[worst]:.4f} allowed for rounding. Its layers "
+            "do not follow the packed layout (linear attention or its own attention code): "
             "use another model"
         )
     return float((torch.maximum(error_C, band_C) / length_C.sqrt()).max())
@@ -123,8 +123,8 @@ def check_reference(
                 f"log(1 + M) = {math.log(2):.3f} for one negative; row "
                 f"{batch.row_ids[prompt]!r} is off by {got:.3f} nats ({beta * got:.3f} in reward), "
                 f"{float(band_PC[prompt].max()):.3f} allowed for rounding. Tokens, template and "
-                "truncation were verified by hash, so the reference was computed with other weights "
-                "or another precision: delete its cache"
+                "truncation were verified by hash, so the reference was computed with other "
+                "weights or another precision: delete its cache"
             )
         largest = max(largest, float(ratio_PC.max()))
     return largest

@@ -16,8 +16,8 @@ from rich.table import Table
 from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.evaluate.generate import Completion
-from mcpo.evaluate.verifiable import VerifiableItem, compare, score
 from mcpo.evaluate.statistics import PairedResult
+from mcpo.evaluate.verifiable import VerifiableItem, compare, score
 from mcpo.loop import Job
 from mcpo.metrics import peak_memory_mb, read_metrics
 

@@ -76,7 +76,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def candidate_lines(count: int, *, seed: int, prefix: str = "row") -> list[dict[str, object]]:
-    """Rows of the ``candidates`` schema with ragged pools of 1 to 4 and words the tokenizer knows."""
+    """Rows of the ``candidates`` schema: ragged pools of 1 to 4, words the tokenizer knows."""
     draw = random.Random(seed)
 
     def text(least: int, most: int) -> str:

@@ -23,8 +23,10 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 
 def test_values_take_the_type_of_their_field() -> None:
     config = parse_args(
-        ["--max_steps", "3", "--replacement", "--bf16", "true", "--max_length", "none"]
-        + ["--train_data", "a.jsonl", "org/set:test", "--dry_run", "false"]
+        (
+            "--max_steps 3 --replacement --bf16 true --max_length none "
+            "--train_data a.jsonl org/set:test --dry_run false"
+        ).split()
     )
     assert config.optim.max_steps == 3
     assert config.kernel.replacement is True
@@ -88,7 +90,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_file_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="--config must name a YAML file, got 'no.yaml'"):
+    with pytest.raises(FileNotFoundError, match=r"--config must name a YAML file, got 'no.yaml'"):
         parse_args(["--config", "no.yaml"])
 
 

@@ -127,7 +127,7 @@ def test_the_four_scores() -> None:
     assert got == pytest.approx(
         {"log_ratio": -0.2, "logp_scaled": -0.6, "logp": -6.0, "mean_logp": -2.0}
     )
-    with pytest.raises(ValueError, match="score must be log_ratio.*got 'likelihood'"):
+    with pytest.raises(ValueError, match=r"score must be log_ratio.*got 'likelihood'"):
         candidate_scores(logp, ref, length, score="likelihood", beta=0.1)
 
 

@@ -127,5 +127,5 @@ def test_head_scaling_reads_the_names_models_use() -> None:
 def test_a_model_without_linear_head_is_refused() -> None:
     model = build_model()
     model.set_output_embeddings(torch.nn.Identity())
-    with pytest.raises(ValueError, match="must end in a linear output projection.*got Identity"):
+    with pytest.raises(ValueError, match=r"must end in a linear output projection.*got Identity"):
         policy_of(model)

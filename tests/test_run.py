@@ -48,9 +48,9 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def torchrun(arguments: Mapping[str, Any], processes: int) -> None:
+    launcher = f"torch.distributed.run --standalone --nproc-per-node {processes}"
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc-per-node", str(processes), "-m", "mcpo.train", *words(arguments)],
+        [sys.executable, "-m", *launcher.split(), "-m", "mcpo.train", *words(arguments)],
         check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},

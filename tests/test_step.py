@@ -176,5 +176,5 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_unknown_schedule_is_named() -> None:
     optim = dataclasses.replace(CONFIG.optim, lr_scheduler_type="sawtooth")
-    with pytest.raises(ValueError, match="lr_scheduler_type must be .*got 'sawtooth'"):
+    with pytest.raises(ValueError, match=r"lr_scheduler_type must be .*got 'sawtooth'"):
         build_schedule(engine_of().optimizer, optim, 10)
