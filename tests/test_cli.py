@@ -22,12 +22,14 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 
 
 def test_values_take_the_type_of_their_field() -> None:
-    config = parse_args(
-        (
-            "--max_steps 3 --replacement --bf16 true --max_length none "
-            "--train_data a.jsonl org/set:test --dry_run false"
-        ).split()
-    )
+    given = {
+        "max_steps": "3",
+        "bf16": "true",
+        "max_length": "none",
+        "dry_run": "false",
+    }
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
+    config = parse_args([*options, "--replacement", "--train_data", "a.jsonl", "org/set:test"])
     assert config.optim.max_steps == 3
     assert config.kernel.replacement is True
     assert config.model.bf16 is True

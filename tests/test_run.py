@@ -151,6 +151,34 @@ def test_a_rank_may_have_no_rows(arguments: dict[str, Any], tmp_path: Path) -> N
     assert all(line["loss"] > 0 for line in lines)
 
 
+def test_held_out_prompts_are_answered_before_and_after(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [
+        {
+            "id": f"item-{number}",
+            "prompt": f"w{number} w2",
+            "topic": f"topic {number // 2}",
+            "checks": [{"kind": "no_commas", "args": {}}, {"kind": "has_number", "args": {}}],
+            "unseen_kind": False,
+        }
+        for number in range(6)
+    ]
+    held = write_jsonl(tmp_path / "prompts.jsonl", items)
+    settings = {"heldout_prompts": held, "heldout_max_new_tokens": 5, "heldout_batch_size": 4}
+    assert main(words(arguments | settings | {"max_steps": 1})) == 0
+    summary = json.loads((arguments["output_dir"] / "summary.json").read_text())
+    assert summary["heldout_n"] == 12
+    for key in ("heldout_pass_before", "heldout_pass_after", "heldout_p_value"):
+        assert 0 <= summary[key] <= 1
+    for name in ("before", "after"):
+        answers = (arguments["output_dir"] / f"heldout_{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in answers] == [item["id"] for item in items]
+    shown = capsys.readouterr().out
+    assert "held-out checks passed, before" in shown
+    assert "p-value, paired" in shown
+
+
 def test_dry_run_trains_nothing(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
