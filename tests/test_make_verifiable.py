@@ -64,7 +64,8 @@ def test_main_writes_every_file_and_prints_the_report(tmp_path, answered, capsys
     assert len(read_jsonl(out / "verifiable_heldout_prompts.jsonl")) == 30
     printed = capsys.readouterr().out
     assert f"| train | 30 | {len(rows)} |" in printed
-    assert "360 completions of 9.0 tokens on average; 75.0% were ended by the model." in printed
+    assert "the others 9.0; the model ended 75.0% itself." in printed
+    assert "360 completions; those that pass every check have 9.0 tokens on average" in printed
 
 
 def test_readme_gets_the_figures(tmp_path, answered):

@@ -29,15 +29,17 @@ class _Tally:
 
 def figures(prompts: Sequence[VerifiablePrompt], graded: Mapping[str, Sequence[Graded]]) -> str:
     """Both tables, and what the completions are like."""
-    samples = [candidate.sample for group in graded.values() for candidate in group]
-    mean_tokens = sum(sample.num_tokens for sample in samples) / len(samples)
-    finished = sum(sample.finished for sample in samples) / len(samples)
+    everything = [candidate for group in graded.values() for candidate in group]
+    passing = [candidate.sample.num_tokens for candidate in everything if candidate.score == 1]
+    failing = [candidate.sample.num_tokens for candidate in everything if candidate.score < 1]
+    finished = [candidate.sample.finished for candidate in everything]
     return "\n".join(
         (
             _split_table(prompts, graded),
             "",
-            f"{len(samples)} completions of {mean_tokens:.1f} tokens on average; "
-            f"{finished:.1%} were ended by the model.",
+            f"{len(everything)} completions; those that pass every check have {_mean(passing):.1f} "
+            f"tokens on average, the others {_mean(failing):.1f}; the model ended "
+            f"{_mean(finished):.1%} itself.",
             "",
             _kind_table(prompts, graded),
         )
