@@ -10,9 +10,8 @@ Memory beyond the results: one tile of logits (two in a backward with softcap), 
 weight and one of its gradient, and the rows and their gradient in the accumulation dtype.
 
 A row has the same bits whatever its neighbours: V alone decides how the vocabulary is cut, and
-the rows given to a GEMM are padded to a multiple of ``ROW_MULTIPLE``, where MKL accumulates every
-row alike (the tests check it). cuBLAS may choose another algorithm for another number of rows and
-promises no such thing.
+zeros pad what a GEMM is given to sizes at which MKL accumulates every row alike (the tests check
+it). cuBLAS may choose another algorithm for another number of rows and promises no such thing.
 """
 # N scored tokens, M of them with gradient, R rows of a tile, W its width, D hidden, V vocabulary
 
@@ -21,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from mcpo_kernels.linear_logprob.head import Gradients, Head, Needs, Saved, accumulation_dtype
 
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ROW_MULTIPLE = 16
+# Rows and inner size of a GEMM: MKL treats rows at the edge and unaligned rows in another way.
+MULTIPLE = 16
+# Columns of a GEMM: with fewer, two threads may share the inner sum of few rows.
+MIN_COLUMNS = 64
 MIB = 2**20
 
 
@@ -65,7 +68,7 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head) -> tuple[Tensor, Te
     with torch.autocast(device.type, enabled=False):
         padded_ND = pad_rows(hidden_ND)
         for columns in vocabulary_slabs(head.weight_VD):
-            slab_WD = for_gemm(head.weight_VD[columns])
+            slab_WD = pad_slab(head.weight_VD[columns])
             for rows in row_tiles(num_tokens, dtype, device):
                 tile_RW = logits_tile(padded_ND, rows, slab_WD, columns, head)
                 place_R1, inside_R = place_of_target(target_N[rows], columns)
@@ -82,11 +85,11 @@ def backward(grad_N: Tensor, saved: Saved, head: Head, needs: Needs) -> Gradient
     # Counting the rows waits for a CUDA device once.
     kept_M = grad_N.nonzero().squeeze(1)
     kept = Saved(*(tensor[kept_M] for tensor in saved))
-    dhidden_MD = torch.zeros_like(kept.hidden_ND, dtype=grad_N.dtype) if needs.hidden else None
     dweight_VD = torch.empty_like(head.weight_VD) if needs.weight else None
     dbias_V = torch.empty_like(head.bias_V) if needs.bias and head.bias_V is not None else None
     with torch.autocast(grad_N.device.type, enabled=False):
         padded_MD = pad_rows(kept.hidden_ND)
+        dhidden_MD = torch.zeros_like(padded_MD, dtype=grad_N.dtype) if needs.hidden else None
         for columns in vocabulary_slabs(head.weight_VD):
             gradient = SlabGradient(
                 None if dweight_VD is None else dweight_VD[columns],
@@ -96,7 +99,8 @@ def backward(grad_N: Tensor, saved: Saved, head: Head, needs: Needs) -> Gradient
     if dhidden_MD is None:
         return Gradients(None, dweight_VD, dbias_V)
     dhidden_ND = torch.zeros_like(saved.hidden_ND)
-    dhidden_ND[kept_M] = dhidden_MD.to(dhidden_ND.dtype)
+    num_kept, num_hidden = kept.hidden_ND.shape
+    dhidden_ND[kept_M] = dhidden_MD[:num_kept, :num_hidden].to(dhidden_ND.dtype)
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
 
 
@@ -110,9 +114,9 @@ def slab_backward(
     gradient: SlabGradient,
 ) -> None:
     """One slab of the vocabulary: added to ``dhidden_MD``, written to ``gradient``."""
-    slab_WD = for_gemm(head.weight_VD[columns])
-    dslab_WD = torch.zeros_like(slab_WD, dtype=grad_M.dtype)
-    dbias_W = dslab_WD.new_zeros(slab_WD.shape[0])
+    slab_WD, width = pad_slab(head.weight_VD[columns]), columns.stop - columns.start
+    dslab_WD = torch.zeros_like(slab_WD[:width], dtype=grad_M.dtype)
+    dbias_W = dslab_WD.new_zeros(width)
     for rows in row_tiles(grad_M.shape[0], grad_M.dtype, grad_M.device):
         tile_RW = logits_tile(padded_MD, rows, slab_WD, columns, head)
         tile_RW = dlogits_tile(tile_RW, grad_M, kept, rows, columns, head)
@@ -120,11 +124,11 @@ def slab_backward(
             dbias_W += tile_RW.sum(0)
         operand_RW = tile_RW.to(slab_WD.dtype)
         if dhidden_MD is not None:
-            dhidden_MD[rows] += matmul(operand_RW, slab_WD)
+            dhidden_MD[rows] += matmul(operand_RW, slab_WD[:width])
         if gradient.weight_WD is not None:
             dslab_WD += matmul(operand_RW.T, padded_MD[rows])
     if gradient.weight_WD is not None:
-        gradient.weight_WD.copy_(dslab_WD)
+        gradient.weight_WD.copy_(dslab_WD[:, : head.weight_VD.shape[1]])
     if gradient.bias_W is not None:
         gradient.bias_W.copy_(dbias_W)
 
@@ -160,8 +164,9 @@ def logits_tile(
     padded_ND: Tensor, rows: slice, slab_WD: Tensor, columns: slice, head: Head
 ) -> Tensor:
     """[R, W] logits in the accumulation dtype."""
-    padded = slice(rows.start, round_up(rows.stop))
-    tile_RW = matmul(padded_ND[padded], slab_WD.T)[: rows.stop - rows.start]
+    padded_RD = padded_ND[rows.start : round_up(rows.stop)]
+    tile_RW = matmul(padded_RD, slab_WD.T)
+    tile_RW = tile_RW[: rows.stop - rows.start, : columns.stop - columns.start]
     if head.bias_V is not None:
         tile_RW.add_(head.bias_V[columns])
     if head.scale != 1.0:
@@ -187,7 +192,7 @@ def vocabulary_slabs(weight_VD: Tensor) -> Iterator[slice]:
 
 
 def row_tiles(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
-    """Slices of as many rows as the budget of a tile allows, a multiple of ``ROW_MULTIPLE``."""
+    """Slices of as many rows as the budget of a tile allows, a multiple of ``MULTIPLE``."""
     shape = tile_shape(device)
     height = shape.budget_mib * MIB // (shape.width * dtype.itemsize)
     starts = range(0, num_tokens, height)
@@ -200,14 +205,24 @@ def tile_shape(device: torch.device) -> TileShape:
 
 
 def pad_rows(hidden_ND: Tensor) -> Tensor:
-    """The rows as the GEMM wants them, zeros appended up to ``ROW_MULTIPLE``."""
-    missing = round_up(hidden_ND.shape[0]) - hidden_ND.shape[0]
-    return torch.nn.functional.pad(for_gemm(hidden_ND), (0, 0, 0, missing))
+    """The rows as the GEMM wants them, with zeros up to ``MULTIPLE`` both ways."""
+    num_tokens, num_hidden = hidden_ND.shape
+    missing = (0, round_up(num_hidden) - num_hidden, 0, round_up(num_tokens) - num_tokens)
+    row_ND = for_gemm(hidden_ND)
+    return (functional.pad(row_ND, missing) if any(missing) else row_ND).contiguous()
 
 
-def round_up(num_rows: int) -> int:
-    """The next multiple of ``ROW_MULTIPLE``."""
-    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def pad_slab(weight_WD: Tensor) -> Tensor:
+    """The slab as the GEMM wants it; no copy at the sizes models have."""
+    width, num_hidden = weight_WD.shape
+    missing = (0, round_up(num_hidden) - num_hidden, 0, max(0, MIN_COLUMNS - width))
+    slab_WD = for_gemm(weight_WD)
+    return functional.pad(slab_WD, missing) if any(missing) else slab_WD
+
+
+def round_up(size: int) -> int:
+    """The next multiple of ``MULTIPLE``."""
+    return -(-size // MULTIPLE) * MULTIPLE
 
 
 def for_gemm(tensor: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ def attend(
     query_HTD: Tensor, key_HTD: Tensor, value_HTE: Tensor, layout: PrefixLayout, rule: ScoreRule
 ) -> Tensor:
     """[H, T, E] in the dtype of the query."""
+    if layout.num_tokens == 0:
+        # No piece, yet gradients (of zero) are owed to every input.
+        return _explicit_attention(query_HTD[None], key_HTD[None], value_HTE[None], rule)[0]
     explicit = rule.softcap is not None or rule.sinks_H is not None
     block = EXPLICIT_BLOCK if explicit else rule.window
     plan = make_plan(layout, rule.window, block)
@@ -50,8 +53,6 @@ def attend(
         attention = _explicit_attention if explicit else _torch_attention
         output_BHLE = attention(query_BHLD, key_BHKD, value_BHKE, rule)
         outputs.update(zip(_first_parts(group), output_BHLE.unbind(0), strict=True))
-    if not outputs:
-        return query_HTD.new_zeros(query_HTD.shape[0], 0, value_HTE.shape[2])
     return torch.cat([outputs[first] for first in sorted(outputs)], dim=1)
 
 
