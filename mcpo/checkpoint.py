@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ class TrainState:
     """Seconds of training so far, over all its processes' lives."""
     num_tokens: float
     """Tokens trained on so far."""
-    data_hash: str
-    """Of the tokenized training groups, in order."""
+    run_hash: str
+    """Of model, training groups, draws, objective and schedule: see ``prepare.run_hash``."""
 
 
 def save(
@@ -55,25 +57,21 @@ def save(
         keep: how many checkpoints to leave.
     """
     final = output_dir / f"checkpoint-{state.step}"
-    scratch = output_dir / f".checkpoint-{state.step}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_model(model, tokenizer, scratch)
-    torch.save(training, scratch / "optimizer.pt")
-    (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-    _flush_to_disk(scratch)
-    shutil.rmtree(final, ignore_errors=True)
-    scratch.rename(final)
-    _sync(output_dir)
+    with _whole(final) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        torch.save(training, scratch / "optimizer.pt")
+        (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
     for old in _steps(output_dir)[:-keep]:
         shutil.rmtree(output_dir / f"checkpoint-{old}")
     return final
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer so that any Hugging Face loader reads them."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all."""
+    with _whole(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -102,6 +100,19 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
 def load_training(folder: Path) -> dict[str, Any]:
     """The state dicts of the optimizer and of the schedule."""
     return torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+
+
+@contextmanager
+def _whole(final: Path) -> Generator[Path]:
+    """A scratch folder that becomes ``final`` once it is written and on the disk."""
+    scratch = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    _flush_to_disk(scratch)
+    shutil.rmtree(final, ignore_errors=True)
+    scratch.rename(final)
+    _sync(final.parent)
 
 
 def _steps(output_dir: Path) -> list[int]:

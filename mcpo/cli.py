@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the names below")
     for cls in _sections().values():
-        group = parser.add_argument_group((cls.__doc__ or "").splitlines()[0])
+        group = parser.add_argument_group((cls.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(cls):
             many = get_origin(get_type_hints(cls)[field.name]) is tuple
             flag_only = get_type_hints(cls)[field.name] is bool

@@ -145,9 +145,9 @@ class RunConfig:
     seed: int = _option(0, "of the order of rows and of the draws")
     resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
     overwrite_output_dir: bool = _option(False, "drop the checkpoints of an earlier run there")
-    save_steps: int = _option(0, "steps between checkpoints; 0: only at the end")
+    save_steps: int = _option(0, "steps between checkpoints; 0: none but on Ctrl-C")
     save_total_limit: int = _option(2, "newest checkpoints kept")
-    eval_steps: int = _option(0, "steps between evaluations; 0: only before and after")
+    eval_steps: int = _option(0, "steps between evaluations on eval_data; 0: only at the end")
     logging_steps: int = _option(1, "steps between logged lines")
     report_to: Literal["none", "tensorboard", "wandb"] = _option(
         "none", "tracker besides the files"

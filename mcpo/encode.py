@@ -83,7 +83,8 @@ def encode(rows: Sequence[CandidateRow], encoder: Encoder, tally: Tally) -> list
     """Token ids of rows, all texts through the tokenizer together.
 
     Counts ``prompt_not_prefix``, ``doubled_bos``, ``doubled_eos``, ``eos_inside`` and
-    ``missing_eos`` (the template does not close its turns; EOS is appended).
+    ``missing_eos`` (the template does not close its turns; EOS is appended) and ``unfinished`` (a
+    candidate marked as cut, which gets no EOS).
 
     Raises:
         ValueError: a conversation and no chat template, or a template that refuses a conversation.
@@ -109,7 +110,11 @@ def encode(rows: Sequence[CandidateRow], encoder: Encoder, tally: Tally) -> list
             if after is None:
                 tally.add("prompt_not_prefix", row.row_id)
                 after = _tokenize_apart(prompt, text, candidate.text, encoder)
-            completions.append(_close(after, encoder, tally, row.row_id))
+            closed = _close(after, encoder, tally, row.row_id)
+            if not candidate.finished and len(closed) > 1:
+                tally.add("unfinished", row.row_id)
+                closed = closed[:-1]
+            completions.append(closed)
         encoded.append(
             EncodedRow(
                 prompt_ids=_open(ids, encoder, tally, row.row_id),

@@ -39,7 +39,7 @@ class Job:
     eval_batches: Sequence[PackedBatch]
     references: ReferenceLogps
     total_steps: int
-    data_hash: str
+    run_hash: str
     console: Console
 
     @property
@@ -116,11 +116,12 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
                 step=step + 1,
                 wall_s=state.wall_s + seconds,
                 num_tokens=state.num_tokens + metrics["num_tokens"],
-                data_hash=job.data_hash,
+                run_hash=job.run_hash,
             )
             metrics |= evaluate_if_due(job, state.step)
             line = _line(job, state, metrics, epoch, seconds)
-            if metrics_file and state.step % job.config.run.logging_steps == 0:
+            logged = _due(job.config.run.logging_steps, state.step) or state.step == job.total_steps
+            if metrics_file and logged:
                 metrics_file.write(line)
                 track(metrics, state.step)
             advance(1, note(metrics, line["tokens_per_second"]))

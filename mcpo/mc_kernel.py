@@ -5,8 +5,8 @@ the negative z ~ Categorical(w), redrawn at every step under the current policy,
 The chosen completion is not among the candidates of a draw.
 
 Draws are Gumbel-max with counter-based noise: the noise of a row depends on (seed, step, row id)
-alone, so the same negatives are drawn whatever the world size, the packing, the order of rows, or a
-resume.
+alone, so the same scores draw the same negatives whatever the world size, the packing, the order
+of rows, or a resume.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mcpo.config import KernelConfig
@@ -70,10 +71,17 @@ def gumbel_noise(
     noise = np.empty((len(row_ids), num_candidates, num_draws))
     for row, row_id in enumerate(row_ids):
         key = hashlib.sha256(f"{seed}/{step}/{row_id}".encode()).digest()[:16]
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        stream = np.random.Philox(key=int.from_bytes(key, "little"))
         # Candidates vary slowest, so that a wider batch only appends to a row's stream.
-        noise[row] = generator.gumbel(size=(num_candidates, num_draws))
+        raw = stream.random_raw(num_candidates * num_draws)
+        noise[row] = _gumbel(raw).reshape(noise[row].shape)
     return torch.from_numpy(noise).transpose(1, 2)
+
+
+def _gumbel(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """From raw 64-bit numbers: numpy promises their stream across versions, Generator's not."""
+    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
 
 
 def sample_negatives(

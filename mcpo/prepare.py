@@ -57,13 +57,13 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     return Groups(train=train, held_out=held_out, report=report)
 
 
-def data_hash(groups: Sequence[TokenizedGroup], config: Config, world_size: int) -> str:
-    """What a resumed run must share with the one it continues: tokens, draws, objective."""
-    sections = (config.kernel, config.loss, config.optim)
+def run_hash(groups: Sequence[TokenizedGroup], config: Config, world_size: int) -> str:
+    """What a resumed run must share with the one it continues: model, tokens, draws, objective."""
+    sections = (config.model, config.kernel, config.loss, config.optim)
     digest = hashlib.sha256(json.dumps([asdict(section) for section in sections]).encode())
     digest.update(f"{config.run.seed}/{world_size}".encode())
     for group in groups:
-        digest.update(token_hash(group).encode())
+        digest.update(f"{group.row_id}/{token_hash(group)}".encode())
     return digest.hexdigest()
 
 

@@ -32,7 +32,7 @@ from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.pack import move, pack, split_by_budget
 from mcpo.placement import Placement, place
 from mcpo.policy import Policy, group_logps
-from mcpo.prepare import Groups, data_hash, load_groups
+from mcpo.prepare import Groups, load_groups, run_hash
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
@@ -124,7 +124,12 @@ def _references(engine: Engine, groups: Groups, config: Config, console: Console
     batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
     settings = {
         "autocast": str(policy.autocast_dtype),
-        "model_type": policy.model.config.model_type,
+        "model": {
+            name: value
+            for name, value in policy.model.config.to_diff_dict().items()
+            if name not in ("_name_or_path", "transformers_version", "dtype")
+        },
+        "device": engine.device.type,
         "prefix_sharing": share,
         "head_impl": config.model.head_impl,
         "reduction": "sum",
@@ -195,7 +200,7 @@ def _job(
         eval_batches=_packed(groups.held_out, config, engine.device),
         references=references,
         total_steps=total_steps,
-        data_hash=data_hash(groups.train, config, engine.world_size),
+        run_hash=run_hash(groups.train, config, engine.world_size),
         console=console,
     )
 
@@ -210,12 +215,12 @@ def _packed(
 
 def _start(job: Job) -> TrainState:
     """Step 0, or with ``resume`` the newest checkpoint, loaded."""
-    fresh = TrainState(step=0, wall_s=0.0, num_tokens=0.0, data_hash=job.data_hash)
+    fresh = TrainState(step=0, wall_s=0.0, num_tokens=0.0, run_hash=job.run_hash)
     folder = checkpoint.newest(job.output_dir) if job.config.run.resume else None
     if folder is None:
         return fresh
     state = checkpoint.read_state(folder)
-    if state.data_hash != job.data_hash:
+    if state.run_hash != job.run_hash:
         raise ValueError(
             f"a run resumes with the tokens, objective, schedule and world size it began with, and "
             f"those of {folder} differ; start anew in another output_dir"

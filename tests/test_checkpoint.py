@@ -11,7 +11,7 @@ from mcpo.checkpoint import TrainState
 
 
 def state(step: int) -> TrainState:
-    return TrainState(step=step, wall_s=1.5, num_tokens=10.0, data_hash="h")
+    return TrainState(step=step, wall_s=1.5, num_tokens=10.0, run_hash="h")
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:

@@ -384,3 +384,14 @@ def test_a_missing_column_is_named(load, schema):
     row = {key: value for key, value in SCHEMAS[schema].items() if key != column}
     with pytest.raises(ValueError, match=rf"line 1 has no column '{column}'; its columns are .*"):
         load(row, schema=schema)
+
+
+def test_candidates_say_which_texts_were_cut(load):
+    ranked = [completion("one", rank=1), completion("two", rank=2), completion("three", rank=3)]
+    ranked[1]["finished"] = False
+    ranked[2]["finished"] = True
+    (row,), _ = load({"prompt": "p", "completions": ranked})
+    assert [candidate.finished for candidate in row.candidates] == [True, False, True]
+    ranked[1]["finished"] = "no"
+    with pytest.raises(ValueError, match=r"column 'finished' must be true or false, got str 'no'"):
+        load({"prompt": "p", "completions": ranked})

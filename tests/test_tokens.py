@@ -318,3 +318,10 @@ def test_what_cannot_be_tokenized_says_why(tokenizer, one, options, message):
 def test_config_values_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         TokenConfig(**options)
+
+
+def test_a_candidate_marked_as_cut_gets_no_eos():
+    cut = replace(row(), pool=tuple(replace(rival, finished=False) for rival in row().pool))
+    groups, found = run(make_tokenizer(), cut)
+    assert groups[0][1] == ["yes<|im_end|>", "no"]
+    assert found == {"unfinished": 1}

@@ -1,4 +1,6 @@
-"""Rows of ``{"id", "prompt", "completions": [{"text", "rank"?, "score"?, "model"?}, ...]}``."""
+"""Rows of ``{"id", "prompt", "completions": [{"text", "rank"?, "score"?, "model"?,
+"finished"?}, ...]}``; ``"finished": false`` marks a text that was cut at a length limit.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ def read_candidates(raw: RawRow, *, ties: Ties, tally: Tally) -> CandidateRow | 
             rank=entry.optional_number("rank"),
             score=entry.optional_number("score"),
             model=entry.optional_text("model"),
+            finished=entry.optional_flag("finished", default=True),
         )
         for entry in raw.entries("completions")
     ]

@@ -67,6 +67,17 @@ class RawRow:
         """A finite number, or None where the column is missing or null."""
         return self.number(column) if self.has(column) else None
 
+    def optional_flag(self, column: str, *, default: bool) -> bool:
+        """True or false, or ``default`` where the column is missing or null.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        value = self.value(column) if self.has(column) else default
+        if not isinstance(value, bool):
+            raise self.wrong(column, "true or false")
+        return value
+
     def entries(self, column: str) -> tuple[RawRow, ...]:
         """A list of objects, each with typed access of its own.
 

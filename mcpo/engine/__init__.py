@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """What ``step.py`` and ``train.py`` ask of an engine."""
+    """What ``step.py``, ``loop.py`` and ``run.py`` ask of an engine."""
 
     rank: int
     world_size: int

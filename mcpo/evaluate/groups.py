@@ -34,7 +34,8 @@ def evaluate_groups(
     Returns:
         ``eval_loss`` (listwise, all negatives), ``eval_rewards/margins``, and
         ``eval_rewards/accuracies``: share of the pool whose reward is below the chosen one's, a tie
-        counting one half, so that an untrained policy scores 0.5.
+        counting one half, so that an untrained policy scores 0.5 but
+        for rounding.
     """
     total = torch.zeros(4, dtype=torch.float64, device=engine.device)
     for batch in batches[engine.rank :: engine.world_size]:
