@@ -46,6 +46,7 @@ def finish(
     paired = parts.get("all")
     summary: dict[str, Any] = {
         **(_heldout(paired) if paired else {}),
+        **(_lengths(before, after) if paired else {}),
         "heldout_parts": {part: _heldout(result) for part, result in parts.items()},
         "preference_accuracy": _last(metrics, "eval_rewards/accuracies"),
         "wall_s": wall_s,
@@ -94,6 +95,10 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
         )
         table.add_row("p-value, paired", f"{summary['heldout_p_value']:.2g}")
         table.add_row("held-out checks", f"{summary['heldout_n']}")
+        table.add_row(
+            "tokens an answer, before and after",
+            f"{summary['heldout_tokens_before']:.1f}, {summary['heldout_tokens_after']:.1f}",
+        )
     if summary["preference_accuracy"] is not None:
         table.add_row("held-out preference accuracy", f"{summary['preference_accuracy']:.1%}")
     table.add_row(
@@ -167,6 +172,18 @@ def _heldout(paired: PairedResult) -> dict[str, Any]:
         "heldout_se_difference": paired.difference.stderr,
         "heldout_p_value": paired.p_value,
         "heldout_n": paired.num_checks,
+    }
+
+
+def _lengths(before: Sequence[Completion], after: Sequence[Completion]) -> dict[str, float]:
+    """How long answers are and how many end by themselves: form can be met by brevity alone."""
+    return {
+        f"heldout_{what}_{when}": sum(value(one) for one in completions) / len(completions)
+        for when, completions in (("before", before), ("after", after))
+        for what, value in (
+            ("tokens", lambda one: one.num_tokens),
+            ("finished", lambda one: float(one.finished)),
+        )
     }
 
 

@@ -1,4 +1,4 @@
-"""Make the verifiable data set: ``python -m mcpo.data.make_verifiable --output recipes/data``.
+"""Make the verifiable data set: ``python -m mcpo.data.make_verifiable``.
 
 SmolLM2-135M-Instruct answers every prompt six times, programs check the answers, and prompts
 where some answers pass and others fail become preference rows. A batch that is done is appended to
@@ -33,12 +33,13 @@ TEMPERATURES = (0.4, 0.7, 1.0)
 SAMPLES_PER_TEMPERATURE = 2
 MAX_NEW_TOKENS = 72
 _PROMPTS_PER_BATCH = 16
+DATA_FOLDER = Path("recipes/data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample, check and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the data files")
+    parser.add_argument("--output", type=Path, default=DATA_FOLDER, help="where the files go")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and samples")
     parser.add_argument("--limit", type=int, help="only so many prompts of each split")
     parser.add_argument("--model", default=SMOLLM2, help="a folder or name, see mcpo/models.py")
