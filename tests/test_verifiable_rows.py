@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from mcpo.data import load_rows
 from mcpo.data.instructions import Check
 from mcpo.data.prompts import VerifiablePrompt
 from mcpo.data.verifiable_rows import Sample, candidate_row, drop_reason, grade, prompt_record
@@ -36,7 +39,7 @@ def test_best_first_and_among_equals_the_cooler_then_the_earlier():
     assert [g.score for g in graded] == [1, 1, 1, 0]
 
 
-def test_pool_is_strictly_worse_and_ranks_follow_scores():
+def test_all_samples_are_kept_and_ranks_follow_scores():
     samples = [
         make_sample("so it is cold"),
         make_sample("so it is warm", index=1),
@@ -48,25 +51,30 @@ def test_pool_is_strictly_worse_and_ranks_follow_scores():
     row = candidate_row(make_prompt(TWO), grade(make_prompt(TWO), samples))
     assert [(c["text"], c["score"], c["rank"]) for c in row["completions"]] == [
         ("so it is cold", 1, 1),
+        ("so it is warm", 1, 1),
         ("so it is, here", 0.5, 2),
         ("so it is here and there", 0.5, 2),
         ("so, it is here and there", 0, 3),
         ("so it is cut", 0, 3),
     ]
-    assert row["completions"][4]["finished"] is False
+    assert row["completions"][5]["finished"] is False
     assert (row["id"], row["prompt"]) == ("train-0001", "Why? Be brief.")
     assert row["checks"][1] == {"kind": "at_most_words", "args": {"most": 4}}
 
 
-def test_repeated_and_empty_texts_are_left_out():
+def test_the_reader_leaves_a_strictly_worse_pool(tmp_path):
     samples = [
         make_sample("so it is"),
+        make_sample("so it was"),
         make_sample("so, it is"),
         make_sample("so, it is", 1.0),
-        make_sample("", 1.0),
     ]
     row = candidate_row(make_prompt(ONE), grade(make_prompt(ONE), samples))
-    assert [c["text"] for c in row["completions"]] == ["so it is", "so, it is"]
+    assert len(row["completions"]) == 4
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (read,) = load_rows([str(path)]).rows
+    assert [candidate.text for candidate in read.candidates] == ["so it is", "so, it is"]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +96,6 @@ def test_half_passed_is_not_good_enough_for_the_chosen_one():
     graded = grade(make_prompt(TWO), samples)
     assert [g.score for g in graded] == [0.5, 0]
     assert candidate_row(make_prompt(TWO), graded) is None
-
-
-def test_nothing_but_an_empty_text_to_lose_against_makes_no_row():
-    graded = grade(make_prompt(ONE), [make_sample("so it is"), make_sample("")])
-    assert candidate_row(make_prompt(ONE), graded) is None
 
 
 def test_prompt_record_holds_what_the_evaluation_needs():

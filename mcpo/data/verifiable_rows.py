@@ -67,17 +67,14 @@ def drop_reason(graded: Sequence[Graded]) -> str | None:
 
 
 def candidate_row(prompt: VerifiablePrompt, graded: Sequence[Graded]) -> dict[str, Any] | None:
-    """The preference row of a prompt, or None where the completions do not differ in the checks."""
-    texts: set[str] = set()
-    kept: list[Graded] = []
-    for candidate in graded:
-        text = candidate.sample.text
-        if text and text not in texts and (not kept or candidate.score < 1):
-            texts.add(text)
-            kept.append(candidate)
-    if drop_reason(graded) is not None or len(kept) < 2:
+    """The preference row of a prompt, or None where the completions do not differ in the checks.
+
+    All samples are in it, equal scores with equal ranks: the reader of the schema leaves out what
+    ties with the chosen one and what is repeated.
+    """
+    if drop_reason(graded) is not None:
         return None
-    scores = sorted({candidate.score for candidate in kept}, reverse=True)
+    scores = sorted({candidate.score for candidate in graded}, reverse=True)
     completions = [
         {
             "text": candidate.sample.text,
@@ -87,7 +84,7 @@ def candidate_row(prompt: VerifiablePrompt, graded: Sequence[Graded]) -> dict[st
             "temperature": candidate.sample.temperature,
             "finished": candidate.sample.finished,
         }
-        for candidate in kept
+        for candidate in graded
     ]
     return {
         "id": prompt.prompt_id,
