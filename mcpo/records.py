@@ -7,7 +7,7 @@ Candidate 0 is always the chosen one; candidates 1.. are the dispreferred pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Candidate:
     """Larger is better."""
     model: str | None = None
     """Who wrote it."""
+    finished: bool = True
+    """False for a text cut at a length limit, which therefore does not end with EOS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class CandidateRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedGroup:
-    """A prompt and its candidates in token space; every candidate ends with EOS unless truncated."""
+    """A prompt and its candidates in token space, each ending with EOS unless truncated."""
 
     row_id: str
     prompt_ids: tuple[int, ...]
@@ -73,8 +75,9 @@ class TokenizedGroup:
 class PackedBatch:
     """P prompts with their candidates, laid end to end without padding.
 
-    The last token of a candidate predicts nothing, so it is a target only and no input. The last prompt
-    token predicts the first token of every candidate of its prompt, so its row is scored several times.
+    The last token of a candidate predicts nothing, so it is a target only and no input. The last
+    prompt token predicts the first token of every candidate of its prompt, so its row is scored
+    several times.
     """
 
     row_ids: tuple[str, ...]
@@ -124,12 +127,3 @@ class ScoredBatch:
     """[P, M] int64 in [1, C), columns drawn from the pool."""
     negative_mask_PM: Tensor
     """[P, M] bool, False where the pool was too small for another draw without replacement."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepStats:
-    """What one optimizer step reports; floats only, gathered over micro-batches and ranks."""
-
-    step: int
-    epoch: float
-    metrics: dict[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def test_an_explicit_choice_never_falls_back(name):
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference'.*got 'fast'"):
+    with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'reference'.*got 'fast'"):
         linear_logprob(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]), impl="fast")
 
 

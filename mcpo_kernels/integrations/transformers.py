@@ -139,6 +139,7 @@ def attention(
             f"{type(module).__name__} asks for a position bias or for attention to the future, "
             f"which {ATTENTION_NAME!r} does not have; use 'sdpa' and one sequence per row"
         )
+    query, key, value = _one_dtype(query, key, value)
     output_HTE = prefix_attention(
         query[0],
         key[0],
@@ -150,6 +151,14 @@ def attention(
         sinks=options.get("s_aux"),
     )
     return output_HTE.transpose(0, 1)[None].contiguous(), None
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does before torch's own attention: rotary embeddings leave float32 behind."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _is_causal(

@@ -1,0 +1,138 @@
+"""Checkpoints: a folder appears whole or not at all, and the newest whole one is found on resume.
+
+``checkpoint-<step>/`` holds the model and tokenizer as any Hugging Face loader reads them, the
+optimizer and schedule (``optimizer.pt``), and ``state.json``. No generator state is kept: the order
+of rows and the draws are functions of (seed, epoch, step, row id).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    wall_s: float
+    """Seconds of training so far, over all its processes' lives."""
+    num_tokens: float
+    """Tokens trained on so far."""
+    run_hash: str
+    """Of model, training groups, draws, objective and schedule: see ``prepare.run_hash``."""
+
+
+def save(
+    output_dir: Path,
+    state: TrainState,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint beside the others, then drop all but the ``keep`` newest.
+
+    Args:
+        output_dir: of the run.
+        state: where it stands.
+        model: saved with ``save_pretrained``, in the dtype it is trained in.
+        tokenizer: saved with it.
+        training: ``state_dict`` of the optimizer and of the schedule.
+        keep: how many checkpoints to leave.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    with _whole(final) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        torch.save(training, scratch / "optimizer.pt")
+        (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    for old in _steps(output_dir)[:-keep]:
+        shutil.rmtree(output_dir / f"checkpoint-{old}")
+    return final
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all."""
+    with _whole(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+def newest(output_dir: Path) -> Path | None:
+    """The checkpoint with the highest step, or None."""
+    steps = _steps(output_dir)
+    return output_dir / f"checkpoint-{steps[-1]}" if steps else None
+
+
+def read_state(folder: Path) -> TrainState:
+    """``state.json`` of a checkpoint."""
+    return TrainState(**json.loads((folder / "state.json").read_text()))
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Copy a checkpoint's weights into a model of the same shape."""
+    from safetensors.torch import load_model
+
+    shards = sorted(folder.glob("model*.safetensors"))
+    if len(shards) == 1:
+        load_model(model, shards[0], strict=False)
+        return
+    for shard in shards:
+        load_model(model, shard, strict=False)
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """The state dicts of the optimizer and of the schedule."""
+    return torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+
+
+@contextmanager
+def _whole(final: Path) -> Generator[Path]:
+    """A scratch folder that becomes ``final`` once it is written and on the disk."""
+    scratch = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    _flush_to_disk(scratch)
+    shutil.rmtree(final, ignore_errors=True)
+    scratch.rename(final)
+    _sync(final.parent)
+
+
+def _steps(output_dir: Path) -> list[int]:
+    """Steps of the whole checkpoints, oldest first; unfinished ones have another name."""
+    if not output_dir.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in output_dir.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """A rename must not become durable before the files it names."""
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

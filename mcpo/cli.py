@@ -1,0 +1,187 @@
+"""From a YAML file and the command line to a ``Config``: unknown names and wrong types are refused.
+
+Every field of every section of ``Config`` is one option, under its own name, everywhere:
+``learning_rate: 1e-6`` in the file, ``--learning_rate 1e-6`` on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mcpo.config import Config, help_of
+from mcpo.data.mixture import SourceSpec, parse_source
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """Read ``--config FILE`` and the overrides that follow it.
+
+    Raises:
+        ValueError: an unknown name or a value of the wrong type.
+        FileNotFoundError: there is no such configuration file.
+    """
+    parser = _parser()
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            raise ValueError(
+                _unknown_key(word.removeprefix("--").split("=")[0], "the command line")
+            )
+    if unknown:
+        raise ValueError(f"options must be written --name value, got the stray words {unknown}")
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    config_file = given.pop("config", None)
+    values = read_yaml(config_file) if config_file else {}
+    return make_config(values | given)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, its names checked."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config must name a YAML file, got {path!r}, which is not there")
+    loaded = yaml.safe_load(Path(path).read_text())
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(loaded).__name__}")
+    for name in loaded:
+        if name not in option_names():
+            raise ValueError(_unknown_key(str(name), path))
+    return loaded
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """Build a ``Config`` from flat names, converting each value to the type of its field."""
+    for name in values:
+        if name not in option_names():
+            raise ValueError(_unknown_key(name, "the configuration"))
+    sections: dict[str, Any] = {}
+    for section, cls in _sections().items():
+        hints = get_type_hints(cls)
+        mine = {
+            field.name: convert(values[field.name], hints[field.name], field.name)
+            for field in dataclasses.fields(cls)
+            if field.name in values
+        }
+        sections[section] = cls(**mine)
+    return Config(**sections)
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """The same names and values as a YAML file of this run would hold."""
+    flat: dict[str, Any] = {}
+    for section in _sections():
+        flat |= dataclasses.asdict(getattr(config, section))
+    return flat
+
+
+def option_names() -> frozenset[str]:
+    """Every name that a file or the command line may set."""
+    return frozenset(
+        field.name for cls in _sections().values() for field in dataclasses.fields(cls)
+    )
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """Turn a YAML value or a word of the command line into the type of its field."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        (kind,) = (argument for argument in arguments if argument is not types.NoneType)
+        return convert(value, kind, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} must be one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(convert(item, arguments[0], name) for item in items)
+    if kind is SourceSpec:
+        return _source(value, name)
+    return _convert_scalar(value, kind, name)
+
+
+def _source(value: Any, name: str) -> SourceSpec:
+    if isinstance(value, str):
+        return parse_source(value)
+    if isinstance(value, SourceSpec):
+        return value
+    fields = {field.name for field in dataclasses.fields(SourceSpec)}
+    if not isinstance(value, dict) or "path" not in value or not fields.issuperset(value):
+        raise ValueError(
+            f"{name} must hold file or dataset names, or mappings with path and any of "
+            f"{', '.join(sorted(fields - {'path'}))}; got {value!r}"
+        )
+    return SourceSpec(**value)
+
+
+def _convert_scalar(value: Any, kind: type, name: str) -> Any:
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, bool) or str(value).lower() in words:
+            return value if isinstance(value, bool) else words[str(value).lower()]
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    # YAML reads 1e-6 as text: numbers come as words from both sides.
+    elif not isinstance(value, bool):
+        try:
+            return kind(value) if kind is float else int(str(value))
+        except (TypeError, ValueError):
+            pass
+    raise ValueError(f"{name} must be {_kind_name(kind)}, got {value!r}")
+
+
+def _kind_name(kind: type) -> str:
+    names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+    return names[kind]
+
+
+def _sections() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def _unknown_key(name: str, where: str) -> str:
+    nearest = difflib.get_close_matches(name.replace("-", "_"), option_names(), n=1, cutoff=0)
+    return f"unknown option {name!r} in {where}; did you mean {nearest[0]!r}? (--help lists all)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    """One option per field, grouped by section; values stay words until ``convert``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mcpo.train",
+        description="Train a causal LM with MC-PO. `torchrun --nproc-per-node 2 -m mcpo.train` "
+        "runs the same job on several processes.",
+        epilog="example: python -m mcpo.train --config recipes/default.yaml --learning_rate 5e-6",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the names below")
+    for cls in _sections().values():
+        group = parser.add_argument_group((cls.__doc__ or "").splitlines()[0].rstrip("."))
+        for field in dataclasses.fields(cls):
+            many = get_origin(get_type_hints(cls)[field.name]) is tuple
+            flag_only = get_type_hints(cls)[field.name] is bool
+            group.add_argument(
+                f"--{field.name}",
+                nargs="+" if many else ("?" if flag_only else None),
+                const="true" if flag_only else None,
+                metavar="VALUE",
+                help=f"{help_of(field)} (default: {_shown(field.default)})".replace("%", "%%"),
+            )
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if default == ():
+        return "none"
+    if isinstance(default, bool) or default is None:
+        return {True: "true", False: "false", None: "unset"}[default]
+    return str(default)

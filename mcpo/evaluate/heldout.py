@@ -1,0 +1,68 @@
+"""Held-out prompts with checks, decoded greedily by the policy before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from mcpo.config import RunConfig
+from mcpo.engine import Engine
+from mcpo.evaluate.generate import Completion, greedy
+from mcpo.evaluate.verifiable import VerifiableItem
+from mcpo.policy import unpacked
+from mcpo.progress import progress
+
+
+def decode(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[VerifiableItem],
+    config: RunConfig,
+    console: Console,
+    *,
+    name: str,
+) -> list[Completion]:
+    """Answer every item, ranks sharing them, and keep the answers in ``heldout_<name>.jsonl``.
+
+    Returns:
+        The completions of all items in their order, on every rank.
+    """
+    policy = engine.policy
+    mine = items[engine.rank :: engine.world_size]
+    with (
+        progress(console, f"answers {name}", len(mine), quiet=engine.rank != 0) as advance,
+        unpacked(policy) as model,
+        torch.autocast(
+            engine.device.type,
+            dtype=policy.autocast_dtype,
+            enabled=policy.autocast_dtype is not None,
+        ),
+    ):
+        completions = greedy(
+            model,
+            tokenizer,
+            [item.prompt for item in mine],
+            max_new_tokens=config.heldout_max_new_tokens,
+            batch_size=config.heldout_batch_size,
+            on_progress=lambda count: advance(count, ""),
+        )
+    shares = engine.gather(completions)
+    every = [
+        shares[index % engine.world_size][index // engine.world_size] for index in range(len(items))
+    ]
+    if engine.rank == 0:
+        _write(Path(config.output_dir) / f"heldout_{name}.jsonl", items, every)
+    return every
+
+
+def _write(path: Path, items: Sequence[VerifiableItem], completions: Sequence[Completion]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for item, completion in zip(items, completions, strict=True):
+            file.write(json.dumps({"id": item.item_id, **asdict(completion)}) + "\n")

@@ -1,0 +1,210 @@
+"""The training loop: take the rows of a step, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from mcpo import checkpoint
+from mcpo.checkpoint import TrainState
+from mcpo.config import Config, OptimConfig
+from mcpo.engine import Engine
+from mcpo.evaluate.groups import evaluate_groups
+from mcpo.metrics import MetricsFile, Track, peak_memory_mb
+from mcpo.order import rank_share, step_rows, steps_per_epoch
+from mcpo.pack import move, pack, split_by_budget
+from mcpo.progress import progress
+from mcpo.records import PackedBatch, TokenizedGroup
+from mcpo.reference_cache import ReferenceLogps
+from mcpo.step import StepWork, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything the loop works on."""
+
+    config: Config
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    train_groups: Sequence[TokenizedGroup]
+    eval_batches: Sequence[PackedBatch]
+    references: ReferenceLogps
+    total_steps: int
+    run_hash: str
+    console: Console
+
+    @property
+    def output_dir(self) -> Path:
+        """Where results go."""
+        return Path(self.config.run.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.engine.rank == 0
+
+
+def groups_per_step(config: OptimConfig, world_size: int) -> int:
+    """Groups of one optimizer step over all ranks."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
+
+
+def count_steps(config: OptimConfig, num_groups: int, world_size: int) -> int:
+    """Optimizer steps of a whole run."""
+    if config.max_steps != -1:
+        return config.max_steps
+    per_epoch = steps_per_epoch(num_groups, groups_per_step(config, world_size))
+    return max(1, round(config.num_train_epochs * per_epoch))
+
+
+def work_of(job: Job, step: int) -> tuple[StepWork, float]:
+    """This rank's share of step ``step`` (from 0), and the epoch reached after it."""
+    optim = job.config.optim
+    size = groups_per_step(optim, job.engine.world_size)
+    num_groups = len(job.train_groups)
+    _, rows = step_rows(num_groups, step, groups_per_step=size, seed=job.config.run.seed)
+    mine = rank_share(rows, job.engine.rank, job.engine.world_size)
+    weight = 1.0 if mine else 0.0
+    groups = [job.train_groups[row] for row in mine or rows[:1]]
+    share = job.config.model.prefix_sharing
+    micro_batches = [
+        micro_batch
+        for start in range(0, len(groups), optim.per_device_train_batch_size)
+        for micro_batch in split_by_budget(
+            groups[start : start + optim.per_device_train_batch_size],
+            optim.max_tokens_per_micro_batch,
+            share,
+        )
+    ]
+    work = StepWork(
+        step=step,
+        batches=tuple(
+            move(pack(micro_batch, share_prefix=share), job.engine.device)
+            for micro_batch in micro_batches
+        ),
+        num_prompts=len(rows),
+        weight=weight,
+    )
+    return work, (step + 1) / steps_per_epoch(num_groups, size)
+
+
+def train(job: Job, start: TrainState, track: Track) -> TrainState:
+    """Run the steps that are left; where the run stands then is short of the end if interrupted."""
+    state = start
+    metrics_file = MetricsFile(job.output_dir, from_step=start.step) if job.is_main else None
+    left = job.total_steps - start.step
+    with (
+        progress(job.console, "train", left, quiet=not job.is_main) as advance,
+        _interrupts() as interrupted,
+    ):
+        for step in range(start.step, job.total_steps):
+            began = time.monotonic()
+            work, epoch = work_of(job, step)
+            metrics = train_step(job.engine, work, job.references, job.config)
+            job.schedule.step()
+            seconds = time.monotonic() - began
+            state = TrainState(
+                step=step + 1,
+                wall_s=state.wall_s + seconds,
+                num_tokens=state.num_tokens + metrics["num_tokens"],
+                run_hash=job.run_hash,
+            )
+            metrics |= evaluate_if_due(job, state.step)
+            line = _line(job, state, metrics, epoch, seconds)
+            logged = _due(job.config.run.logging_steps, state.step) or state.step == job.total_steps
+            if metrics_file and logged:
+                metrics_file.write(line)
+                track(metrics, state.step)
+            advance(1, note(metrics, line["tokens_per_second"]))
+            # Ranks may hear of it at different steps; they stop at the same one.
+            stop = bool(job.engine.sum(torch.tensor(len(interrupted), device=job.engine.device)))
+            if stop or _due(job.config.run.save_steps, state.step):
+                save(job, state)
+            if stop:
+                break
+    if metrics_file:
+        metrics_file.close()
+    return state
+
+
+def evaluate_if_due(job: Job, step: int) -> dict[str, float]:
+    """Held-out metrics at the steps that ``eval_steps`` names and at the last one, else nothing."""
+    due = step == job.total_steps or _due(job.config.run.eval_steps, step)
+    if not due or not job.eval_batches:
+        return {}
+    return evaluate_groups(job.engine, job.eval_batches, job.references, job.config.loss)
+
+
+def save(job: Job, state: TrainState) -> None:
+    """Write a checkpoint from the first rank while the others wait."""
+    if job.is_main:
+        checkpoint.save(
+            job.output_dir,
+            state,
+            model=job.engine.policy.model,
+            tokenizer=job.tokenizer,
+            training={
+                "optimizer": job.engine.optimizer.state_dict(),
+                "schedule": job.schedule.state_dict(),
+            },
+            keep=job.config.run.save_total_limit,
+        )
+    job.engine.barrier()
+
+
+def note(metrics: Mapping[str, float], tokens_per_second: float) -> str:
+    """What the progress bar says beside the time left."""
+    return (
+        f"loss {metrics['loss']:.3f}  margin {metrics['rewards/margins']:+.2f}  "
+        f"{tokens_per_second:,.0f} tok/s"
+    )
+
+
+def _line(
+    job: Job, state: TrainState, metrics: Mapping[str, float], epoch: float, seconds: float
+) -> dict[str, float]:
+    return {
+        "step": state.step,
+        "epoch": epoch,
+        **metrics,
+        "num_tokens": state.num_tokens,
+        "tokens_per_second": metrics["num_tokens"] / seconds,
+        "peak_memory_mb": peak_memory_mb(job.engine.device),
+    }
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _interrupts() -> Generator[list[int]]:
+    """Collect Ctrl-C and SIGTERM, so that a step is finished and saved before the run stops.
+
+    A second one stops at once.
+    """
+    received: list[int] = []
+
+    def note_signal(number: int, frame: object) -> None:
+        del frame
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    handlers = {
+        number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

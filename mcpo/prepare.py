@@ -1,0 +1,100 @@
+"""Stages 1 and 2 for a run: its groups in token space, and what was dropped on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mcpo.config import Config, DataConfig
+from mcpo.data.mixture import SourceSpec
+from mcpo.data.rows import RowOptions, load_rows
+from mcpo.findings import describe
+from mcpo.records import TokenizedGroup
+from mcpo.tokens import TokenConfig, token_hash, tokenize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """The tokenized groups of a run."""
+
+    train: tuple[TokenizedGroup, ...]
+    held_out: tuple[TokenizedGroup, ...]
+    """Empty if the run names no eval_data."""
+    report: str
+    """A few lines for a person: how many, how long, what was dropped or cut and why."""
+
+
+def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Groups:
+    """Read and tokenize the training and held-out sources.
+
+    Raises:
+        ValueError: no training source is named, a source cannot be read, nothing is left, or a row
+            id is used both for training and for holding out.
+        FileNotFoundError: a file is not there.
+    """
+    if not config.train_data:
+        raise ValueError(
+            "train_data must name at least one file or dataset, got none; "
+            "set it in the YAML file or with --train_data FILE"
+        )
+    train, train_report = _groups_of(config.train_data, config, tokenizer, seed)
+    held_out, eval_report = (
+        _groups_of(config.eval_data, config, tokenizer, seed) if config.eval_data else ((), "")
+    )
+    shared = {group.row_id for group in train} & {group.row_id for group in held_out}
+    if shared:
+        raise ValueError(
+            "rows must be either trained on or held out, got the same ids in train_data and "
+            f"eval_data: {sorted(shared)[:3]}; give them other ids or other files"
+        )
+    report = f"train: {train_report}"
+    if held_out:
+        report += f"\nheld out: {eval_report}"
+    return Groups(train=train, held_out=held_out, report=report)
+
+
+def run_hash(groups: Sequence[TokenizedGroup], config: Config, world_size: int) -> str:
+    """What a resumed run must share with the one it continues: model, tokens, draws, objective."""
+    sections = (config.model, config.kernel, config.loss, config.optim)
+    digest = hashlib.sha256(json.dumps([asdict(section) for section in sections]).encode())
+    digest.update(f"{config.run.seed}/{world_size}".encode())
+    for group in groups:
+        digest.update(f"{group.row_id}/{token_hash(group)}".encode())
+    return digest.hexdigest()
+
+
+def _groups_of(
+    sources: Sequence[SourceSpec],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> tuple[tuple[TokenizedGroup, ...], str]:
+    options = RowOptions(
+        nectar_drop_second=config.nectar_drop_second,
+        score_field=config.score_field,
+        ties=config.ties,
+        bad_rows=config.bad_rows,
+    )
+    loaded = load_rows(sources, options=options, seed=seed)
+    tokenized = tokenize(
+        loaded.rows,
+        tokenizer,
+        TokenConfig(
+            max_length=config.max_length,
+            too_long=config.too_long,
+            prompt_format=config.prompt_format,
+        ),
+    )
+    groups = tokenized.groups
+    candidates = sum(group.num_candidates for group in groups)
+    tokens = sum(len(ids) for group in groups for ids in group.candidate_ids)
+    report = (
+        f"{len(groups)} groups, {candidates / len(groups):.1f} candidates each, "
+        f"{tokens / candidates:.0f} tokens a candidate"
+    )
+    findings = (*loaded.findings, *tokenized.findings)
+    return groups, f"{report}; {describe(findings)}" if findings else report

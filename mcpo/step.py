@@ -1,0 +1,156 @@
+"""Stage 8: one optimizer step, the only place where stages 4 to 7 meet.
+
+The loss of a step is the sum over its prompts divided by their number in the whole step, so batch
+size, accumulation, token budget and world size change the schedule of the work and not the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcpo.config import Config
+from mcpo.engine import Engine
+from mcpo.losses import loss_named, rewards
+from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
+from mcpo.policy import group_logps
+from mcpo.records import PackedBatch, ScoredBatch
+from mcpo.reference_cache import ReferenceLogps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """What one rank does in one optimizer step."""
+
+    step: int
+    batches: tuple[PackedBatch, ...]
+    """Micro-batches, at least one."""
+    num_prompts: int
+    """Of the whole step: all micro-batches of all ranks."""
+    weight: float = 1.0
+    """0 for a rank without prompts in this step, which runs along so that no rank waits for it."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not finite; the message names the rows."""
+
+
+def loss_on_batch(
+    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, step: int
+) -> tuple[Tensor, ScoredBatch, Draw]:
+    """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from."""
+    logp_PC = group_logps(engine(batch), batch)
+    ref_logp_PC = references.of(batch)
+    noise_PMC = gumbel_noise(
+        config.run.seed,
+        step,
+        batch.row_ids,
+        num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
+        num_candidates=batch.mask_PC.shape[1],
+    )
+    score_PC = candidate_scores(
+        logp_PC.detach(),
+        ref_logp_PC,
+        batch.length_PC,
+        score=config.kernel.score,
+        beta=config.loss.beta,
+    )
+    draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
+    scored = ScoredBatch(
+        logp_PC=logp_PC,
+        ref_logp_PC=ref_logp_PC,
+        length_PC=batch.length_PC,
+        mask_PC=batch.mask_PC,
+        negative_PM=draw.negative_PM,
+        negative_mask_PM=draw.mask_PM,
+    )
+    return loss_named(config.loss.loss_type)(scored, config.loss), scored, draw
+
+
+def train_step(
+    engine: Engine, work: StepWork, references: ReferenceLogps, config: Config
+) -> dict[str, float]:
+    """Forward, backward, clip and update; returns the step's metrics, equal on every rank.
+
+    Raises:
+        NonFiniteError: before the update, so that the weights stay as they were.
+    """
+    totals: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
+    for number, batch in enumerate(work.batches, start=1):
+        with engine.micro_step(last=number == len(work.batches)):
+            loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step)
+            engine.backward(loss_P.sum() * (work.weight / work.num_prompts))
+        losses.append(loss_P.detach())
+        for name, value_P in prompt_metrics(loss_P, scored, draw, config.loss.beta).items():
+            total = value_P.detach().double().sum() * work.weight
+            totals[name] = totals.get(name, torch.zeros_like(total)) + total
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        engine.policy.parameters(), config.optim.max_grad_norm
+    )
+    _check_finite(losses, grad_norm, work)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+    metrics = reduce_means(engine, totals, work.num_prompts)
+    tokens = torch.tensor(
+        sum(batch.layout.num_tokens for batch in work.batches) * work.weight, device=engine.device
+    )
+    return metrics | {
+        "grad_norm": float(grad_norm),
+        "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
+        "num_tokens": float(engine.sum(tokens)),
+    }
+
+
+def prompt_metrics(
+    loss_P: Tensor, scored: ScoredBatch, draw: Draw, beta: float
+) -> dict[str, Tensor]:
+    """[P] values under TRL's names; ``rejected`` is the mean over the drawn negatives."""
+    reward_PC = rewards(scored, beta)
+
+    def drawn_mean(value_PC: Tensor) -> Tensor:
+        value_PM = value_PC.gather(1, scored.negative_PM) * scored.negative_mask_PM
+        return value_PM.sum(dim=1) / scored.negative_mask_PM.sum(dim=1)
+
+    margin_PC = reward_PC[:, :1] - reward_PC
+    return {
+        "loss": loss_P,
+        "rewards/chosen": reward_PC[:, 0],
+        "rewards/rejected": drawn_mean(reward_PC),
+        "rewards/margins": drawn_mean(margin_PC),
+        "rewards/accuracies": drawn_mean((margin_PC > 0).double()),
+        "logps/chosen": scored.logp_PC[:, 0],
+        "logps/rejected": drawn_mean(scored.logp_PC),
+        "mc/ess": draw.ess_P,
+        "mc/drawn_rank": (draw.rank_PM * draw.mask_PM).sum(dim=1) / draw.mask_PM.sum(dim=1),
+    }
+
+
+def reduce_means(engine: Engine, totals: dict[str, Tensor], num_prompts: int) -> dict[str, float]:
+    """Sums of this rank to means over all prompts: one collective and one host sync."""
+    values = engine.sum(torch.stack(list(totals.values()))) / num_prompts
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+def _check_finite(losses: Sequence[Tensor], grad_norm: Tensor, work: StepWork) -> None:
+    # One host sync for all of them.
+    if bool(torch.cat([*losses, grad_norm[None]]).isfinite().all()):
+        return
+    rows = [
+        row_id
+        for batch, loss_P in zip(work.batches, losses, strict=True)
+        for row_id, finite in zip(batch.row_ids, loss_P.isfinite().tolist(), strict=True)
+        if not finite
+    ]
+    if rows:
+        what = f"the loss of rows {rows} is not finite"
+    else:
+        every = [row_id for batch in work.batches for row_id in batch.row_ids]
+        what = f"the gradient is not finite though every loss is; this rank's rows were {every}"
+    raise NonFiniteError(
+        f"step {work.step}: {what}; the weights are those before this step. Lower learning_rate, "
+        "or inspect these rows for extreme lengths"
+    )

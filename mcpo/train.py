@@ -1,0 +1,40 @@
+"""Train with MC-PO: ``python -m mcpo.train --config FILE`` or ``torchrun --nproc-per-node 2 -m
+mcpo.train``.
+
+This module is the door: it reads the configuration, which needs no torch, and turns errors of the
+caller into one line. The run itself is ``run.py``, its loop ``loop.py``, one step of it
+``step.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mcpo.cli import parse_args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a job; returns the exit code."""
+    try:
+        config = parse_args(argv)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Only now, so that --help and a misspelt option answer at once.
+    from mcpo.run import run
+    from mcpo.step import NonFiniteError
+
+    try:
+        run(config)
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

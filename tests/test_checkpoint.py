@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+
+from mcpo import checkpoint
+from mcpo.checkpoint import TrainState
+
+
+def state(step: int) -> TrainState:
+    return TrainState(step=step, wall_s=1.5, num_tokens=10.0, run_hash="h")
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    return checkpoint.save(
+        folder,
+        state(step),
+        model=build_model(),
+        tokenizer=build_tokenizer(),
+        training={"optimizer": {"step": torch.tensor(step)}},
+        keep=keep,
+    )
+
+
+def test_state_weights_and_optimizer_come_back(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    assert checkpoint.newest(tmp_path) == folder
+    assert checkpoint.read_state(folder) == state(3)
+    assert checkpoint.load_training(folder)["optimizer"]["step"] == 3
+    other = build_model(seed=1)
+    checkpoint.load_weights(folder, other)
+    for (name, left), right in zip(
+        other.state_dict().items(), build_model().state_dict().values(), strict=True
+    ):
+        assert torch.equal(left, right), name
+
+
+def test_any_loader_reads_the_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save(tmp_path, 1)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, build_model().lm_head.weight)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
+
+
+def test_only_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_an_unfinished_checkpoint_is_never_picked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-1"
+    monkeypatch.undo()
+    assert save(tmp_path, 2) == checkpoint.newest(tmp_path)
+
+
+def test_no_checkpoint_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "absent") is None

@@ -1,0 +1,258 @@
+"""Whole runs of the tiny model, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import candidate_lines, write_jsonl
+from safetensors.torch import load_file
+
+from mcpo.metrics import read_metrics
+from mcpo.train import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def arguments(
+    tiny_folder: Path, candidates_file: Path, heldout_file: Path, tmp_path: Path
+) -> dict[str, Any]:
+    return {
+        "model_name_or_path": tiny_folder,
+        "train_data": candidates_file,
+        "eval_data": heldout_file,
+        "output_dir": tmp_path / "run",
+        "reference_cache_dir": tmp_path / "cache",
+        "bf16": "false",
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "max_tokens_per_micro_batch": 64,
+    }
+
+
+def words(arguments: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+def torchrun(arguments: Mapping[str, Any], processes: int) -> None:
+    launcher = f"torch.distributed.run --standalone --nproc-per-node {processes}"
+    subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "-m", "mcpo.train", *words(arguments)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+def test_a_run_learns_and_leaves_its_results(arguments: dict[str, Any]) -> None:
+    assert main(words(arguments)) == 0
+    output_dir = arguments["output_dir"]
+    summary = json.loads((output_dir / "summary.json").read_text())
+    for key in ("preference_accuracy", "wall_s", "tokens_per_s", "peak_memory_mb"):
+        assert summary[key] > 0
+    assert summary["steps"] == 8
+    assert (output_dir / "curves.png").stat().st_size > 1000
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["epoch"] == 2.0
+    assert {"tokens_per_second", "peak_memory_mb", "eval_rewards/accuracies"} <= set(lines[-1])
+
+
+def test_a_run_repeats_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) -> None:
+    main(words(arguments))
+    main(words(arguments | {"output_dir": tmp_path / "again"}))
+    first, second = weights(arguments["output_dir"]), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_gives_the_bits_of_an_undisturbed_run(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by SIGTERM in the middle of the second epoch, then resumed."""
+    main(words(arguments))
+    stopped = arguments | {"output_dir": tmp_path / "stopped"}
+    from mcpo import loop
+
+    steps = 0
+    original = loop.train_step
+
+    def step_then_signal(*args: Any) -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step_then_signal)
+        assert main(words(stopped)) == 0
+    assert "interrupted after step 5 of 8" in capsys.readouterr().out
+    assert not (stopped["output_dir"] / "model").exists()
+
+    assert main(words(stopped)) == 2
+    assert "must not hold another run's checkpoints" in capsys.readouterr().err
+
+    assert main([*words(stopped), "--resume"]) == 0
+    undisturbed, resumed = weights(arguments["output_dir"]), weights(stopped["output_dir"])
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    losses = [
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (arguments["output_dir"], stopped["output_dir"])
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_with_another_objective_is_refused(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(words(arguments | {"save_steps": 4}))
+    assert main([*words(arguments | {"beta": 0.5}), "--resume"]) == 2
+    assert "a run resumes with the tokens, objective" in capsys.readouterr().err
+
+
+def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """14 groups in steps of 4: the last of an epoch has 2, and ranks differ in micro-batches."""
+    one = arguments | {"per_device_train_batch_size": 4}
+    two = arguments | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
+    main(words(one))
+    torchrun(two, 2)
+    expected = read_metrics(one["output_dir"] / "metrics.jsonl")
+    got = read_metrics(two["output_dir"] / "metrics.jsonl")
+    for mine, theirs in zip(got, expected, strict=True):
+        for name in ("loss", "grad_norm", "mc/drawn_rank", "num_tokens", "rewards/margins"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    first, second = weights(one["output_dir"]), weights(two["output_dir"])
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_rank_may_have_no_rows(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Three groups on two ranks, one each: the second step of an epoch has one group."""
+    data = write_jsonl(tmp_path / "three.jsonl", candidate_lines(3, seed=7))
+    three = arguments | {"train_data": data, "per_device_train_batch_size": 1}
+    torchrun(three, 2)
+    lines = read_metrics(three["output_dir"] / "metrics.jsonl")
+    assert len(lines) == 4
+    assert all(line["loss"] > 0 for line in lines)
+
+
+def test_held_out_prompts_are_answered_before_and_after(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [
+        {
+            "id": f"item-{number}",
+            "prompt": f"w{number} w2",
+            "topic": f"topic {number // 2}",
+            "checks": [{"kind": "no_commas", "args": {}}, {"kind": "has_number", "args": {}}],
+            "unseen_kind": False,
+        }
+        for number in range(6)
+    ]
+    held = write_jsonl(tmp_path / "prompts.jsonl", items)
+    settings = {"heldout_prompts": held, "heldout_max_new_tokens": 5, "heldout_batch_size": 4}
+    assert main(words(arguments | settings | {"max_steps": 1})) == 0
+    summary = json.loads((arguments["output_dir"] / "summary.json").read_text())
+    assert summary["heldout_n"] == 12
+    for key in ("heldout_pass_before", "heldout_pass_after", "heldout_p_value"):
+        assert 0 <= summary[key] <= 1
+    for name in ("before", "after"):
+        answers = (arguments["output_dir"] / f"heldout_{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in answers] == [item["id"] for item in items]
+    shown = capsys.readouterr().out
+    assert "held-out checks passed, before" in shown
+    assert "p-value, paired" in shown
+
+
+def test_dry_run_trains_nothing(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(arguments), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("14 groups", "dry run: nothing was trained", "steps", "optimizer", "MB"):
+        assert part in shown
+    assert not arguments["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_name_or_path": str(ROOT / "docs")}, "model_name_or_path must be"),
+        ({"train_data": "absent.jsonl"}, "there is no file absent.jsonl"),
+        ({"loss_type": "dpoo"}, "loss_type must be one of mcpo, dpo"),
+        ({"device": "tpu9"}, "device must be auto, cpu"),
+        ({"heldout_prompts": "absent.jsonl"}, "absent.jsonl"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_clear_line(
+    arguments: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(words(arguments | change)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_no_training_data_is_named(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del arguments["train_data"]
+    assert main(words(arguments)) == 2
+    assert "train_data must name at least one file" in capsys.readouterr().err
+
+
+def test_rows_cannot_be_trained_on_and_held_out(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = arguments | {"eval_data": arguments["train_data"]}
+    assert main(words(same)) == 2
+    assert "got the same ids in train_data and eval_data: ['row-0'" in capsys.readouterr().err
+
+
+def test_a_cache_of_other_weights_is_caught(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache's key and hashes would have to fail first; the self-check is the last guard."""
+    main(words(arguments))
+    (folder,) = arguments["reference_cache_dir"].iterdir()
+    (path,) = folder.iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["logps"] = [logp - 3.0 for logp in row["logps"]]
+    write_jsonl(path, rows)
+    assert main(words(arguments)) == 2
+    assert "before the first step every log-ratio to the reference must be 0" in (
+        capsys.readouterr().err
+    )
+
+
+def test_max_steps_and_every_strategy_run(arguments: dict[str, Any], tmp_path: Path) -> None:
+    for number, strategy in enumerate(("mc", "max", "min", "random")):
+        changed = arguments | {
+            "strategy": strategy,
+            "num_negatives": 2,
+            "max_steps": 1,
+            "output_dir": tmp_path / str(number),
+        }
+        assert main(words(changed)) == 0
+        (line,) = read_metrics(changed["output_dir"] / "metrics.jsonl")
+        assert line["loss"] > 0.6931
