@@ -126,6 +126,17 @@ def test_error_at_most_twice_that_of_the_reference_in_the_same_dtype(dtype, rule
         assert (ours - oracle).abs().max() <= 2 * (naive - oracle).abs().max() + band
 
 
+@pytest.mark.parametrize("rule", [RULES["plain"], RULES["all"]], ids=str)
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_autocast_does_not_round_the_scores(impl, rule):
+    layout = LAYOUTS["tree"]
+    query, key, value, *sinks = make_tensors(layout, dtype=torch.float32, sinks="sinks" in rule)
+    options = dict(rule, sinks=sinks[0] if sinks else None, impl=impl)
+    plain = prefix_attention(query, key, value, layout, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prefix_attention(query, key, value, layout, **options), plain)
+
+
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["window 5"], RULES["all"]], ids=str)
 def test_a_segment_gets_what_it_would_get_in_its_own_sequence(rule):
     layout = LAYOUTS["tree"]

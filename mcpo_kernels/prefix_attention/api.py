@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import torch
+
 from mcpo_kernels.impl import parse_impl
 from mcpo_kernels.prefix_attention import reference, sdpa
 from mcpo_kernels.prefix_attention.scores import ScoreRule
@@ -39,7 +41,8 @@ def prefix_attention(  # noqa: PLR0913
     """Causal attention of every token to its own segment and to all of its segment's ancestors.
 
     ``softmax(softcap(scale * query @ key.T)) @ value``, ``softcap(z) = c * tanh(z / c)``. Exact: a
-    segment gets what it would get in an ordinary sequence after its ancestors.
+    segment gets what it would get in an ordinary sequence after its ancestors. Autocast does not
+    reach in.
 
     Heads come first, as in transformers ([1, H, T, D] without the batch); strides are free, so the
     [T, H, D] that projections and flash-attn use is a transposed view and costs nothing.
@@ -75,7 +78,9 @@ def prefix_attention(  # noqa: PLR0913
         raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
     rule = ScoreRule(query.shape[2] ** -0.5 if scale is None else scale, window, softcap, sinks)
     attend = reference.attend if chosen is AttentionImpl.REFERENCE else sdpa.attend
-    return attend(query, key, value, layout, rule)
+    # Autocast would round the scores that an explicit softmax wants in float32.
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(query, key, value, layout, rule)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
