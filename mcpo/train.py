@@ -8,6 +8,7 @@ caller into one line. The run itself is ``run.py``, its loop ``loop.py``, one st
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # OpenMP's threads spin between parallel regions by default, which on a machine with other work
+    # makes a step several times slower and gains nothing on an idle one (docs/log.md). torch reads
+    # this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Only now, so that --help and a misspelt option answer at once.
     from mcpo.run import run
     from mcpo.step import NonFiniteError
