@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: train test test-slow check lint setup clean
 
 train: setup
-	$(BIN)/python -m mcpo.train --config recipes/default.yaml $(ARGS)
+	$(BIN)/python -m mcpo.train --config recipes/default.yaml --overwrite_output_dir $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

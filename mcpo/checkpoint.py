@@ -33,8 +33,8 @@ class TrainState:
     """Seconds of training so far, over all its processes' lives."""
     num_tokens: float
     """Tokens trained on so far."""
-    run_hash: str
-    """Of model, training groups, draws, objective and schedule: see ``prepare.run_hash``."""
+    identity: dict[str, Any]
+    """What a resumed run must share with this one: see ``mcpo/identity.py``."""
 
 
 def save(
@@ -86,15 +86,13 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
-    from safetensors.torch import load_model
+    """Copy a checkpoint's weights into a model of the same class, every one of them.
 
-    shards = sorted(folder.glob("model*.safetensors"))
-    if len(shards) == 1:
-        load_model(model, shards[0], strict=False)
-        return
-    for shard in shards:
-        load_model(model, shard, strict=False)
+    Through ``from_pretrained``, which knows what ``save_pretrained`` renames (the experts of MoE
+    models) and shards.
+    """
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def load_training(folder: Path) -> dict[str, Any]:

@@ -129,6 +129,8 @@ class OptimConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
             _require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio must be in [0, 1]", self.warmup_ratio)
         _require(
             self.max_steps == -1 or self.max_steps >= 1,
@@ -144,7 +146,7 @@ class RunConfig:
     output_dir: str = _option("runs/default", "checkpoints, metrics and summary")
     seed: int = _option(0, "of the order of rows and of the draws")
     resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
-    overwrite_output_dir: bool = _option(False, "drop the checkpoints of an earlier run there")
+    overwrite_output_dir: bool = _option(False, "replace an earlier run there; resume goes first")
     save_steps: int = _option(0, "steps between checkpoints; 0: none but on Ctrl-C")
     save_total_limit: int = _option(2, "newest checkpoints kept")
     eval_steps: int = _option(0, "steps between evaluations on eval_data; 0: only at the end")
@@ -164,7 +166,9 @@ class RunConfig:
     heldout_batch_size: int = _option(32, "for the held-out prompts")
 
     def __post_init__(self) -> None:
-        _require(self.logging_steps >= 1, "logging_steps must be at least 1", self.logging_steps)
+        for name in ("logging_steps", "heldout_max_new_tokens", "heldout_batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        _require(self.seed >= 0, "seed must be 0 or more", self.seed)
         _require(self.save_steps >= 0, "save_steps must be 0 or more", self.save_steps)
         _require(self.eval_steps >= 0, "eval_steps must be 0 or more", self.eval_steps)
         _require(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mcpo.config import Config
 from mcpo.engine import launched_by_torchrun
 from mcpo.loop import count_steps, groups_per_step
-from mcpo.models import resolve_folder
+from mcpo.models import load_config
 from mcpo.pack import packed_length
 from mcpo.prepare import load_groups
 
@@ -22,8 +22,8 @@ def describe(config: Config, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
     import os
 
-    folder = resolve_folder(config.model.model_name_or_path)
-    groups = load_groups(config.data, AutoTokenizer.from_pretrained(folder), config.run.seed)
+    model_config, tokenizer = load_config(config.model.model_name_or_path)
+    groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report)
     world_size = int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
     share = config.model.prefix_sharing
@@ -31,7 +31,6 @@ def describe(config: Config, console: Console) -> None:
     unshared = [packed_length(group, False) for group in groups.train]
     steps = count_steps(config.optim, len(groups.train), world_size)
     per_step = groups_per_step(config.optim, world_size)
-    model_config = AutoConfig.from_pretrained(folder)
     num_parameters = count_parameters(model_config)
     micro_batch = min(
         max(config.optim.max_tokens_per_micro_batch, max(tokens)),

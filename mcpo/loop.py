@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,7 +40,7 @@ class Job:
     eval_batches: Sequence[PackedBatch]
     references: ReferenceLogps
     total_steps: int
-    run_hash: str
+    identity: Mapping[str, Any]
     console: Console
 
     @property
@@ -116,12 +117,11 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
                 step=step + 1,
                 wall_s=state.wall_s + seconds,
                 num_tokens=state.num_tokens + metrics["num_tokens"],
-                run_hash=job.run_hash,
+                identity=dict(job.identity),
             )
             metrics |= evaluate_if_due(job, state.step)
             line = _line(job, state, metrics, epoch, seconds)
-            logged = _due(job.config.run.logging_steps, state.step) or state.step == job.total_steps
-            if metrics_file and logged:
+            if metrics_file and _is_logged(job, state.step, metrics):
                 metrics_file.write(line)
                 track(metrics, state.step)
             advance(1, note(metrics, line["tokens_per_second"]))
@@ -180,6 +180,12 @@ def _line(
         "tokens_per_second": metrics["num_tokens"] / seconds,
         "peak_memory_mb": peak_memory_mb(job.engine.device),
     }
+
+
+def _is_logged(job: Job, step: int, metrics: Mapping[str, float]) -> bool:
+    """At ``logging_steps``, at the end, and wherever an evaluation was paid for."""
+    evaluated = any(name.startswith("eval_") for name in metrics)
+    return evaluated or step == job.total_steps or _due(job.config.run.logging_steps, step)
 
 
 def _due(every: int, step: int) -> bool:

@@ -104,7 +104,7 @@ def sample_negatives(
     in_pool_PC[:, 0] = False
     logit_PC = (score_PC / config.temperature).masked_fill(~in_pool_PC, -torch.inf)
     weight_PC = torch.softmax(logit_PC, dim=1)
-    key_PMC = _sort_keys(logit_PC, in_pool_PC, config, noise_PMC.to(score_PC.device))
+    key_PMC = _sort_keys(logit_PC, in_pool_PC, config, noise_PMC)
     if config.strategy in ("mc", "random") and config.replacement:
         negative_PM = key_PMC.argmax(dim=2)
         mask_PM = torch.ones_like(negative_PM, dtype=torch.bool)

@@ -23,10 +23,11 @@ class MetricsFile:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= from_step]
-        self._file = path.open("w")
-        for line in kept if from_step else []:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        # Replaced whole: a kill in between leaves the old file.
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept if from_step))
+        scratch.replace(path)
+        self._file = path.open("a")
 
     def write(self, metrics: Mapping[str, float | int]) -> None:
         """Append one line and hand it to the operating system."""

@@ -12,12 +12,14 @@ import copy
 import importlib.util
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,21 +37,35 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve_folder(name)
-    try:
+    with _clear_error(name) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, tokenizer
+
+
+def load_config(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration of a causal LM and its tokenizer, without its weights.
+
+    Raises:
+        FileNotFoundError: as ``load_model``.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _clear_error(name) as folder:
+        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _clear_error(name: str) -> Generator[str]:
+    """Yields what transformers' loaders take for a name, and says what to do where they fail."""
+    folder = str(smollm2_folder()) if name == SMOLLM2 else name
+    try:
+        yield folder
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model_name_or_path must be {SMOLLM2!r}, a folder with config.json, weights and "
             f"tokenizer, or a Hugging Face model name that can be reached; got {name!r} ({error})"
         ) from error
-    return model, tokenizer
-
-
-def resolve_folder(name: str) -> str:
-    """What transformers' loaders take for a model name of ours."""
-    return str(smollm2_folder()) if name == SMOLLM2 else name
 
 
 def smollm2_folder() -> Path:

@@ -19,13 +19,13 @@ class Placement:
     reason: str
 
 
-def place(config: ModelConfig, *, local_rank: int = 0) -> Placement:
+def place(config: ModelConfig, *, local_rank: int = 0, local_world_size: int = 1) -> Placement:
     """Choose device and precision.
 
     Raises:
-        ValueError: the configured device does not exist.
+        ValueError: the configured device does not exist, or several processes would share it.
     """
-    device, why_device = _device(config.device, local_rank)
+    device, why_device = _device(config.device, local_rank, local_world_size)
     if config.bf16 is not None:
         bf16, why_dtype = config.bf16, f"bf16={str(config.bf16).lower()} was given"
     else:
@@ -37,7 +37,7 @@ def place(config: ModelConfig, *, local_rank: int = 0) -> Placement:
     )
 
 
-def _device(name: str, local_rank: int) -> tuple[torch.device, str]:
+def _device(name: str, local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank), "torch sees a CUDA device"
@@ -48,6 +48,13 @@ def _device(name: str, local_rank: int) -> tuple[torch.device, str]:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    elif device.type == "cuda" and local_rank != device.index and local_world_size > 1:
+        raise ValueError(
+            f"each process needs a GPU of its own, got device {name!r} for {local_world_size} "
+            "processes; use cuda or auto"
+        )
     return device, "it was given"
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mcpo.config import Config, DataConfig
+from mcpo.config import DataConfig
 from mcpo.data.mixture import SourceSpec
 from mcpo.data.rows import RowOptions, load_rows
 from mcpo.findings import describe
 from mcpo.records import TokenizedGroup
-from mcpo.tokens import TokenConfig, token_hash, tokenize
+from mcpo.tokens import TokenConfig, tokenize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +53,6 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if held_out:
         report += f"\nheld out: {eval_report}"
     return Groups(train=train, held_out=held_out, report=report)
-
-
-def run_hash(groups: Sequence[TokenizedGroup], config: Config, world_size: int) -> str:
-    """What a resumed run must share with the one it continues: model, tokens, draws, objective."""
-    sections = (config.model, config.kernel, config.loss, config.optim)
-    digest = hashlib.sha256(json.dumps([asdict(section) for section in sections]).encode())
-    digest.update(f"{config.run.seed}/{world_size}".encode())
-    for group in groups:
-        digest.update(f"{group.row_id}/{token_hash(group)}".encode())
-    return digest.hexdigest()
 
 
 def _groups_of(

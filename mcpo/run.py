@@ -1,4 +1,7 @@
-"""A whole run, in the order of the flow: rows, tokens, policy, reference, training, verdict."""
+"""A whole run, in the order of the flow: rows, tokens, policy, reference, training, verdict.
+
+What can be refused is refused before the first minute of work: options, data, model, output folder.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,31 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from mcpo import checkpoint, reference_cache
+from mcpo import checkpoint
 from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
-from mcpo.engine import Engine, launched_by_torchrun, local_rank
+from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size
 from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
+from mcpo.identity import differences, identity_of
 from mcpo.loop import Job, count_steps, train
 from mcpo.losses import loss_named
-from mcpo.metrics import tracker
+from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
 from mcpo.optimizer import build_optimizer, build_schedule
-from mcpo.pack import move, pack, split_by_budget
 from mcpo.placement import Placement, place
-from mcpo.policy import Policy, group_logps
-from mcpo.prepare import Groups, load_groups, run_hash
-from mcpo.progress import progress
-from mcpo.records import PackedBatch, TokenizedGroup
-from mcpo.reference_cache import ReferenceLogps
-from mcpo.self_check import check_packing, check_reference
+from mcpo.policy import Policy
+from mcpo.prepare import Groups, load_groups
+from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
+from mcpo_kernels import resolve
 
-# The check of the reference looks at this many groups: enough to meet every kind of row, cheap
-# beside a step.
-NUM_CHECKED_GROUPS = 4
+# What a run leaves in its folder, besides checkpoints.
+RESULTS = ("model", "summary.json", "metrics.jsonl", "curves.png")
 
 
 def run(config: Config) -> None:
@@ -49,23 +49,23 @@ def run(config: Config) -> None:
 
     Raises:
         ValueError: the configuration, the data or a start-up check does not hold.
-        FileNotFoundError: a file or model is not there.
-        FileExistsError: the output folder holds checkpoints that would be overwritten.
+        FileNotFoundError: a file, a model, or the checkpoint to resume from is not there.
+        FileExistsError: the output folder holds a run that would be overwritten.
+        ModuleNotFoundError: the package of a tracker is not installed.
+        NotImplementedError: the model asks for attention that packing does not have.
         NonFiniteError: a loss or gradient is not finite.
     """
+    _be_quiet()
     loss_named(config.loss.loss_type)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # Its bars for a single shard say nothing that ours do not.
-    disable_progress_bars()
-    placement = place(config.model, local_rank=local_rank())
+    placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
+    _check_head(config, placement)
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
-    console.print(placement.reason)
+    console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
     if config.run.dry_run:
         describe(config, console)
         return
-    _refuse_overwriting(config)
+    _check_output_dir(config)
     distributed = launched_by_torchrun()
     if distributed:
         join_process_group(placement.device)
@@ -87,7 +87,7 @@ def _run(
     began = time.monotonic()
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
     groups = load_groups(config.data, tokenizer, config.run.seed)
-    console.print(groups.report)
+    console.print(groups.report, soft_wrap=True)
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     policy = Policy(
@@ -100,158 +100,135 @@ def _run(
         if distributed
         else SingleEngine(policy, optimizer, placement.device)
     )
-    references = _references(engine, groups, config, console)
+    job, found, track = _prepare(config, engine, tokenizer, groups, console)
     before = decode(engine, tokenizer, items, config.run, console, name="before") if items else []
-    job = _job(config, engine, tokenizer, groups, references, console)
-    state = train(job, _start(job), tracker(config.run, to_flat(config)))
+    start = _load(job, found)
+    state = train(job, start, track)
     if state.step < job.total_steps:
         console.print(
             f"interrupted after step {state.step} of {job.total_steps}, saved in "
             f"{config.run.output_dir}; the same command with --resume continues"
         )
         return
-    save_final(job)
+    _save_final(job)
     after = decode(engine, tokenizer, items, config.run, console, name="after") if items else []
-    if job.is_main:
-        finish(job, state, items, before, after, wall_s=time.monotonic() - began)
+    # Training time of earlier lives of a resumed run counts; their loading and decoding does not.
+    wall_s = time.monotonic() - began + start.wall_s
+    finish(job, state, items, before, after, wall_s=wall_s)
     engine.barrier()
 
 
-def _references(engine: Engine, groups: Groups, config: Config, console: Console) -> ReferenceLogps:
-    """Compute or read the reference log-probs of all groups, then check packing and them."""
-    policy, share = engine.policy, config.model.prefix_sharing
-    every = (*groups.train, *groups.held_out)
-    batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
-    settings = {
-        "autocast": str(policy.autocast_dtype),
-        "model": {
-            name: value
-            for name, value in policy.model.config.to_diff_dict().items()
-            if name not in ("_name_or_path", "transformers_version", "dtype")
-        },
-        "device": engine.device.type,
-        "prefix_sharing": share,
-        "head_impl": config.model.head_impl,
-        "reduction": "sum",
-    }
-    root = config.run.reference_cache_dir
-    key = reference_cache.cache_key(policy.model.state_dict(), settings)
-    folder = (Path(root) if root else reference_cache.default_cache_dir()) / key
-
-    @torch.no_grad()
-    def score(some: Sequence[TokenizedGroup]) -> list[list[float]]:
-        batch = move(pack(some, share_prefix=share), engine.device)
-        return reference_cache.unpack(group_logps(policy(batch), batch), batch)
-
-    with progress(console, "reference", len(batches), quiet=engine.rank != 0) as advance:
-        computed = reference_cache.complete(
-            folder,
-            batches,
-            score,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            on_batch=lambda done: advance(1, ""),
-        )
-    engine.barrier()
-    console.print(
-        f"reference log-probs: {'computed' if computed else 'found'} in {folder}", soft_wrap=True
-    )
-    references = reference_cache.verified(folder, every)
-    if config.run.self_check:
-        _self_check(engine, groups, references, config, console)
-    return references
-
-
-def _self_check(
-    engine: Engine,
-    groups: Groups,
-    references: ReferenceLogps,
-    config: Config,
-    console: Console,
-) -> None:
-    share = config.model.prefix_sharing
-    rounding = check_packing(engine.policy, groups.train[0], share_prefix=share)
-    checked = _packed(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
-    gap = check_reference(
-        engine.policy, checked, references, beta=config.loss.beta, rounding=rounding
-    )
-    console.print(
-        f"self-check passed: packed equals plain to {rounding:.1e} nats per root of a token, "
-        f"policy equals reference to {gap:.1e} nats",
-        soft_wrap=True,
-    )
-
-
-def _job(
+def _prepare(
     config: Config,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     groups: Groups,
-    references: ReferenceLogps,
     console: Console,
-) -> Job:
+) -> tuple[Job, Path | None, Track]:
+    """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
-    return Job(
+    schedule = build_schedule(engine.optimizer, config.optim, total_steps)
+    identity = identity_of(engine, groups.train, config)
+    found = _checkpoint_to_resume(config, identity)
+    if found is None:
+        _clear_output_dir(config, engine)
+    track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
+    job = Job(
         config=config,
         engine=engine,
         tokenizer=tokenizer,
-        schedule=build_schedule(engine.optimizer, config.optim, total_steps),
+        schedule=schedule,
         train_groups=groups.train,
-        eval_batches=_packed(groups.held_out, config, engine.device),
-        references=references,
+        eval_batches=packed_batches(groups.held_out, config, engine.device),
+        references=reference_logps(engine, groups, config, console),
         total_steps=total_steps,
-        run_hash=run_hash(groups.train, config, engine.world_size),
+        identity=identity,
         console=console,
     )
+    return job, found, track
 
 
-def _packed(
-    groups: Sequence[TokenizedGroup], config: Config, device: torch.device
-) -> list[PackedBatch]:
-    share = config.model.prefix_sharing
-    micro_batches = split_by_budget(groups, config.optim.max_tokens_per_micro_batch, share)
-    return [move(pack(some, share_prefix=share), device) for some in micro_batches]
-
-
-def _start(job: Job) -> TrainState:
-    """Step 0, or with ``resume`` the newest checkpoint, loaded."""
-    fresh = TrainState(step=0, wall_s=0.0, num_tokens=0.0, run_hash=job.run_hash)
-    folder = checkpoint.newest(job.output_dir) if job.config.run.resume else None
+def _checkpoint_to_resume(config: Config, identity: dict[str, object]) -> Path | None:
+    """The newest checkpoint if ``resume`` is set, of this very run."""
+    if not config.run.resume:
+        return None
+    folder = checkpoint.newest(Path(config.run.output_dir))
     if folder is None:
-        return fresh
-    state = checkpoint.read_state(folder)
-    if state.run_hash != job.run_hash:
-        raise ValueError(
-            f"a run resumes with the tokens, objective, schedule and world size it began with, and "
-            f"those of {folder} differ; start anew in another output_dir"
+        raise FileNotFoundError(
+            f"--resume needs a checkpoint in output_dir {config.run.output_dir!r}, found none; "
+            "drop --resume to start from the beginning, and set save_steps to have checkpoints"
         )
+    differing = differences(checkpoint.read_state(folder).identity, identity)
+    if differing:
+        raise ValueError(
+            f"a run resumes as it began, and {folder} differs in: {'; '.join(differing)}; restore "
+            "these, or start anew in another output_dir"
+        )
+    return folder
+
+
+def _load(job: Job, folder: Path | None) -> TrainState:
+    """Step 0, or where the checkpoint stands, with weights, optimizer and schedule loaded."""
+    if folder is None:
+        return TrainState(step=0, wall_s=0.0, num_tokens=0.0, identity=dict(job.identity))
     checkpoint.load_weights(folder, job.engine.policy.model)
     training = checkpoint.load_training(folder)
     job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
-    job.console.print(f"resumed from {folder}")
-    return state
+    job.console.print(f"resumed from {folder}", soft_wrap=True)
+    return checkpoint.read_state(folder)
 
 
-def save_final(job: Job) -> None:
+def _save_final(job: Job) -> None:
     """Write the trained model to ``output_dir/model`` from the first rank."""
     if job.is_main:
         folder = job.output_dir / "model"
         checkpoint.save_model(job.engine.policy.model, job.tokenizer, folder)
-        job.console.print(f"model saved in {folder}")
+        job.console.print(f"model saved in {folder}", soft_wrap=True)
     job.engine.barrier()
 
 
-def _refuse_overwriting(config: Config) -> None:
+def _check_output_dir(config: Config) -> None:
+    """Refuse to write over a file, or over another run that nobody said to drop."""
     output_dir = Path(config.run.output_dir)
-    found = checkpoint.newest(output_dir)
-    if found is None or config.run.resume:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"output_dir must be a folder, and {output_dir} is a file")
+    if config.run.resume or config.run.overwrite_output_dir:
         return
-    if not config.run.overwrite_output_dir:
+    there = [checkpoint.newest(output_dir), *(output_dir / name for name in RESULTS)]
+    found = next((path for path in there if path is not None and path.exists()), None)
+    if found is not None:
         raise FileExistsError(
-            f"output_dir must not hold another run's checkpoints, and {found} is there; give "
-            "--resume to continue that run, --overwrite_output_dir to drop it, or another "
-            "--output_dir"
+            f"output_dir must not hold another run, and {found} is there; give --resume to "
+            "continue that run, --overwrite_output_dir to replace it, or another --output_dir"
         )
-    while found := checkpoint.newest(output_dir):
-        shutil.rmtree(found)
+
+
+def _clear_output_dir(config: Config, engine: Engine) -> None:
+    """Drop what an earlier run left: by the first rank alone, once nothing stands in the way."""
+    output_dir = Path(config.run.output_dir)
+    if engine.rank == 0:
+        while found := checkpoint.newest(output_dir):
+            shutil.rmtree(found)
+        shutil.rmtree(output_dir / "model", ignore_errors=True)
+        for name in RESULTS[1:]:
+            (output_dir / name).unlink(missing_ok=True)
+    engine.barrier()
+
+
+def _check_head(config: Config, placement: Placement) -> None:
+    try:
+        resolve(config.model.head_impl, placement.device, placement.autocast_dtype or torch.float32)
+    except RuntimeError as error:
+        raise ValueError(f"head_impl: {error}") from error
+
+
+def _track_nothing(metrics: object, step: int) -> None:
+    """The tracker of every rank but the first."""
+
+
+def _be_quiet() -> None:
+    """Keep the libraries' own bars and warnings out of a run's output."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()

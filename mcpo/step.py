@@ -42,7 +42,7 @@ def loss_on_batch(
     engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, step: int
 ) -> tuple[Tensor, ScoredBatch, Draw]:
     """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from."""
-    logp_PC = group_logps(engine(batch), batch)
+    # Made before the forward is queued: a copy to the device behind it would wait for it.
     ref_logp_PC = references.of(batch)
     noise_PMC = gumbel_noise(
         config.run.seed,
@@ -50,7 +50,8 @@ def loss_on_batch(
         batch.row_ids,
         num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
         num_candidates=batch.mask_PC.shape[1],
-    )
+    ).to(engine.device)
+    logp_PC = group_logps(engine(batch), batch)
     score_PC = candidate_scores(
         logp_PC.detach(),
         ref_logp_PC,

@@ -33,6 +33,8 @@ def finish(
 ) -> None:
     """Write ``summary.json`` and ``curves.png`` into the output folder and print the table.
 
+    Called by every rank, for the peak memory of the fullest; the first one writes.
+
     Args:
         job: the finished run.
         state: where it ended.
@@ -41,6 +43,9 @@ def finish(
         after: their completions by the trained model.
         wall_s: of everything: loading, reference, training and decoding.
     """
+    peak_mb = max(job.engine.gather(peak_memory_mb(job.engine.device)))
+    if not job.is_main:
+        return
     metrics = read_metrics(job.output_dir / "metrics.jsonl")
     parts = compare(items, score(items, before), score(items, after)) if items else {}
     paired = parts.get("all")
@@ -54,7 +59,7 @@ def finish(
         "tokens_per_s": state.num_tokens / state.wall_s,
         "num_tokens": state.num_tokens,
         "steps": state.step,
-        "peak_memory_mb": peak_memory_mb(job.engine.device),
+        "peak_memory_mb": peak_mb,
         "world_size": job.engine.world_size,
         "environment": environment(job),
         "config": to_flat(job.config),

@@ -14,6 +14,15 @@ from collections.abc import Sequence
 
 from mcpo.cli import parse_args
 
+# What a caller can mend; anything else is a defect of ours and shows its traceback.
+CALLERS_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    ModuleNotFoundError,
+    NotImplementedError,
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code."""
@@ -32,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         run(config)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except CALLERS_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mcpo import checkpoint
 from mcpo.checkpoint import TrainState
 
 
 def state(step: int) -> TrainState:
-    return TrainState(step=step, wall_s=1.5, num_tokens=10.0, run_hash="h")
+    return TrainState(step=step, wall_s=1.5, num_tokens=10.0, identity={"seed": 0})
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
@@ -34,6 +35,27 @@ def test_state_weights_and_optimizer_come_back(tmp_path: Path) -> None:
     checkpoint.load_weights(folder, other)
     for (name, left), right in zip(
         other.state_dict().items(), build_model().state_dict().values(), strict=True
+    ):
+        assert torch.equal(left, right), name
+
+
+def test_renamed_and_sharded_weights_come_back(tmp_path: Path) -> None:
+    """transformers saves the experts of a Mixtral under other names than it computes with."""
+    config = MixtralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    saved, other = MixtralForCausalLM(config), MixtralForCausalLM(config)
+    saved.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model*.safetensors"))) > 1
+    checkpoint.load_weights(tmp_path, other)
+    for (name, left), right in zip(
+        other.state_dict().items(), saved.state_dict().values(), strict=True
     ):
         assert torch.equal(left, right), name
 

@@ -38,6 +38,15 @@ def test_a_gpu_is_found_and_chosen_by_local_rank(monkeypatch: pytest.MonkeyPatch
     assert placement.autocast_dtype == torch.bfloat16
 
 
+def test_processes_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = ModelConfig(device="cuda", bf16=True)
+    assert place(config, local_rank=1, local_world_size=2).device == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="each process needs a GPU of its own"):
+        place(ModelConfig(device="cuda:1", bf16=True), local_rank=0, local_world_size=2)
+    assert place(ModelConfig(device="cuda:1", bf16=True)).device == torch.device("cuda", 1)
+
+
 @pytest.mark.usefixtures("no_cuda")
 @pytest.mark.parametrize(
     ("device", "message"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import candidate_lines, write_jsonl
+from conftest import build_model, build_tokenizer, candidate_lines, write_jsonl
 from safetensors.torch import load_file
 
 from mcpo.metrics import read_metrics
@@ -105,7 +106,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(
     assert not (stopped["output_dir"] / "model").exists()
 
     assert main(words(stopped)) == 2
-    assert "must not hold another run's checkpoints" in capsys.readouterr().err
+    assert "output_dir must not hold another run" in capsys.readouterr().err
 
     assert main([*words(stopped), "--resume"]) == 0
     undisturbed, resumed = weights(arguments["output_dir"]), weights(stopped["output_dir"])
@@ -121,8 +122,59 @@ def test_resume_with_another_objective_is_refused(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(words(arguments | {"save_steps": 4}))
-    assert main([*words(arguments | {"beta": 0.5}), "--resume"]) == 2
-    assert "a run resumes with the tokens, objective" in capsys.readouterr().err
+    changed = arguments | {"beta": 0.5, "learning_rate": 2e-3}
+    assert main([*words(changed), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "a run resumes as it began" in error
+    assert "beta (0.1 then, 0.5 now); learning_rate (0.001 then, 0.002 now)" in error
+
+
+def test_resume_knows_the_model_by_its_weights(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder with other weights is another model, another folder with the same is not."""
+    folder = tmp_path / "model"
+    build_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    # Cutting the work differently is no reason to refuse either.
+    main(words(arguments | {"save_steps": 4}))
+    moved = arguments | {"model_name_or_path": folder, "max_tokens_per_micro_batch": 40}
+    assert main([*words(moved), "--resume"]) == 0
+    build_model(seed=1).save_pretrained(folder)
+    assert main([*words(moved), "--resume"]) == 2
+    assert "differs in: reference weights" in capsys.readouterr().err
+
+
+def test_resume_needs_a_checkpoint(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(arguments), "--resume"]) == 2
+    assert "--resume needs a checkpoint in output_dir" in capsys.readouterr().err
+
+
+def test_results_are_replaced_only_when_told_to(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(words(arguments))
+    before = weights(arguments["output_dir"])
+    changed = arguments | {"learning_rate": 2e-3}
+    assert main(words(changed)) == 2
+    assert "model is there; give --resume" in capsys.readouterr().err
+    # Told to, but with an option that cannot be served: nothing is lost.
+    for bad in ({"lr_scheduler_type": "sawtooth"}, {"model_name_or_path": str(ROOT / "docs")}):
+        assert main([*words(changed | bad), "--overwrite_output_dir"]) == 2
+    after = weights(arguments["output_dir"])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main([*words(changed), "--overwrite_output_dir"]) == 0
+    replaced = weights(arguments["output_dir"])
+    assert not all(torch.equal(before[name], replaced[name]) for name in before)
+
+
+def test_every_evaluation_is_logged(arguments: dict[str, Any]) -> None:
+    main(words(arguments | {"logging_steps": 3, "eval_steps": 2, "max_steps": 7}))
+    lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
 
 
 def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -139,6 +191,17 @@ def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_pat
     first, second = weights(one["output_dir"]), weights(two["output_dir"])
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_two_processes_resume_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """The second epoch again, from the checkpoint of the first, in a copy of the folder."""
+    two = arguments | {"per_device_train_batch_size": 2, "save_steps": 4, "save_total_limit": 5}
+    torchrun(two, 2)
+    copied = tmp_path / "copied"
+    shutil.copytree(two["output_dir"] / "checkpoint-4", copied / "checkpoint-4")
+    torchrun(two | {"output_dir": copied, "resume": "true"}, 2)
+    first, second = weights(two["output_dir"]), weights(copied)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_rank_may_have_no_rows(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -196,6 +259,12 @@ def test_dry_run_trains_nothing(
         ({"train_data": "absent.jsonl"}, "there is no file absent.jsonl"),
         ({"loss_type": "dpoo"}, "loss_type must be one of mcpo, dpo"),
         ({"device": "tpu9"}, "device must be auto, cpu"),
+        ({"head_impl": "triton"}, "head_impl: impl='triton' cannot run here"),
+        ({"head_impl": "fast"}, "impl must be one of"),
+        ({"output_dir": str(ROOT / "README.md")}, "output_dir must be a folder"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"heldout_batch_size": 0}, "heldout_batch_size must be at least 1, got 0"),
+        ({"adam_beta2": 1}, "adam_beta2 must be in [0, 1), got 1.0"),
         ({"heldout_prompts": "absent.jsonl"}, "absent.jsonl"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -239,7 +308,7 @@ def test_a_cache_of_other_weights_is_caught(
     for row in rows:
         row["logps"] = [logp - 3.0 for logp in row["logps"]]
     write_jsonl(path, rows)
-    assert main(words(arguments)) == 2
+    assert main([*words(arguments), "--overwrite_output_dir"]) == 2
     assert "before the first step every log-ratio to the reference must be 0" in (
         capsys.readouterr().err
     )

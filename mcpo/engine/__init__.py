@@ -60,3 +60,8 @@ def launched_by_torchrun() -> bool:
 def local_rank() -> int:
     """This process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,49 @@
+"""What makes a run this run: all that a resumed run must share with the one it continues.
+
+Weights and tokens count by content, not by the path they came from. What only cuts the work into
+pieces (micro-batches, checkpointing, prefix sharing) does not count: it changes rounding alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mcpo.config import Config
+from mcpo.engine import Engine
+from mcpo.records import TokenizedGroup
+from mcpo.reference_cache import cache_key
+from mcpo.tokens import token_hash
+
+_ONLY_CUTS_THE_WORK = ("max_tokens_per_micro_batch",)
+
+
+def identity_of(engine: Engine, groups: Sequence[TokenizedGroup], config: Config) -> dict[str, Any]:
+    """Flat and ready for JSON; to be taken while the policy still is the reference."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(f"{group.row_id}/{token_hash(group)}".encode())
+    options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
+    return {
+        "reference weights": cache_key(engine.policy.model.state_dict(), {}),
+        "training data": digest.hexdigest(),
+        "compute dtype": str(engine.policy.autocast_dtype),
+        "number of processes": engine.world_size,
+        "seed": config.run.seed,
+        **{name: value for name, value in options.items() if name not in _ONLY_CUTS_THE_WORK},
+    }
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs, each with both values, hashes cut short; empty if it is the same run."""
+    return [
+        f"{name} ({_short(stored.get(name))} then, {_short(current.get(name))} now)"
+        for name in (*stored, *(name for name in current if name not in stored))
+        if stored.get(name) != current.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]

@@ -1,0 +1,115 @@
+"""The reference pass of a run: every candidate scored once by the policy as it was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mcpo import reference_cache
+from mcpo.config import Config
+from mcpo.engine import Engine
+from mcpo.pack import move, pack, split_by_budget
+from mcpo.policy import group_logps
+from mcpo.prepare import Groups
+from mcpo.progress import progress
+from mcpo.records import PackedBatch, TokenizedGroup
+from mcpo.reference_cache import ReferenceLogps
+from mcpo.self_check import check_packing, check_reference
+
+# The check of the reference looks at this many groups: enough to meet every kind of row, cheap
+# beside a step.
+NUM_CHECKED_GROUPS = 4
+
+
+def reference_logps(
+    engine: Engine, groups: Groups, config: Config, console: Console
+) -> ReferenceLogps:
+    """Compute or find the reference log-probs of all groups, then run the start-up checks.
+
+    To be called before the first update, while the policy still is the reference. Ranks share the
+    work through the cache folder.
+
+    Raises:
+        ValueError: a start-up check fails, or the cache cannot be used.
+    """
+    every = (*groups.train, *groups.held_out)
+    share = config.model.prefix_sharing
+    batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
+    folder = _folder(engine, config)
+
+    @torch.no_grad()
+    def score(some: Sequence[TokenizedGroup]) -> list[list[float]]:
+        batch = move(pack(some, share_prefix=share), engine.device)
+        return reference_cache.unpack(group_logps(engine.policy(batch), batch), batch)
+
+    mine = len(batches[engine.rank :: engine.world_size])
+    with progress(console, "reference", mine, quiet=engine.rank != 0) as advance:
+        computed = reference_cache.complete(
+            folder,
+            batches,
+            score,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            on_batch=lambda done: advance(1, ""),
+        )
+    engine.barrier()
+    console.print(
+        f"reference log-probs: {'computed' if computed else 'found'} in {folder}", soft_wrap=True
+    )
+    references = reference_cache.verified(folder, every)
+    if config.run.self_check:
+        _self_check(engine, groups, references, config, console)
+    return references
+
+
+def packed_batches(
+    groups: Sequence[TokenizedGroup], config: Config, device: torch.device
+) -> list[PackedBatch]:
+    """Groups in their order, packed as training packs them, on the device."""
+    share = config.model.prefix_sharing
+    micro_batches = split_by_budget(groups, config.optim.max_tokens_per_micro_batch, share)
+    return [move(pack(some, share_prefix=share), device) for some in micro_batches]
+
+
+def _folder(engine: Engine, config: Config) -> Path:
+    """Where the values of these weights, evaluated this way, are kept."""
+    policy = engine.policy
+    settings: dict[str, Any] = {
+        "autocast": str(policy.autocast_dtype),
+        "model": {
+            name: value
+            for name, value in policy.model.config.to_diff_dict().items()
+            if name not in ("_name_or_path", "transformers_version", "dtype")
+        },
+        "device": engine.device.type,
+        "prefix_sharing": config.model.prefix_sharing,
+        "head_impl": config.model.head_impl,
+        "reduction": "sum",
+    }
+    root = config.run.reference_cache_dir
+    key = reference_cache.cache_key(policy.model.state_dict(), settings)
+    return (Path(root) if root else reference_cache.default_cache_dir()) / key
+
+
+def _self_check(
+    engine: Engine,
+    groups: Groups,
+    references: ReferenceLogps,
+    config: Config,
+    console: Console,
+) -> None:
+    share = config.model.prefix_sharing
+    rounding = check_packing(engine.policy, groups.train[0], share_prefix=share)
+    checked = packed_batches(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
+    gap = check_reference(
+        engine.policy, checked, references, beta=config.loss.beta, rounding=rounding
+    )
+    console.print(
+        f"self-check passed: packed equals plain to {rounding:.1e} nats per root of a token, "
+        f"policy equals reference to {gap:.1e} nats",
+        soft_wrap=True,
+    )
