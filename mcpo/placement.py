@@ -48,7 +48,7 @@ def _device(name: str, local_rank: int, local_world_size: int) -> tuple[torch.de
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
-    if device.type == "cuda" and device.index is None:
+    if name == "cuda":
         device = torch.device("cuda", local_rank)
     elif device.type == "cuda" and local_rank != device.index and local_world_size > 1:
         raise ValueError(

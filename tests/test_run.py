@@ -188,6 +188,8 @@ def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_pat
     for mine, theirs in zip(got, expected, strict=True):
         for name in ("loss", "grad_norm", "mc/drawn_rank", "num_tokens", "rewards/margins"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert got[-1][name] == pytest.approx(expected[-1][name], rel=1e-3, abs=1e-4), name
     first, second = weights(one["output_dir"]), weights(two["output_dir"])
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=name)
