@@ -33,7 +33,7 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
     Raises:
         ValueError: no training source is named, a source cannot be read, nothing is left, or a row
-            id is used both for training and for holding out.
+            is both trained on and held out: its id, or its prompt with its chosen completion.
         FileNotFoundError: a file is not there.
     """
     if not config.train_data:
@@ -45,12 +45,7 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     held_out, eval_report = (
         _groups_of(config.eval_data, config, tokenizer, seed) if config.eval_data else ((), "")
     )
-    shared = {group.row_id for group in train} & {group.row_id for group in held_out}
-    if shared:
-        raise ValueError(
-            "rows must be either trained on or held out, got the same ids in train_data and "
-            f"eval_data: {sorted(shared)[:3]}; give them other ids or other files"
-        )
+    _refuse_leakage(train, held_out)
     report = f"train: {train_report}"
     if held_out:
         report += f"\nheld out: {eval_report}"
@@ -65,6 +60,29 @@ def run_hash(groups: Sequence[TokenizedGroup], config: Config, world_size: int) 
     for group in groups:
         digest.update(f"{group.row_id}/{token_hash(group)}".encode())
     return digest.hexdigest()
+
+
+def _refuse_leakage(train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup]) -> None:
+    """Stop where a held-out row is trained on, be it under another id."""
+    shared = {group.row_id for group in train} & {group.row_id for group in held_out}
+    if shared:
+        raise ValueError(
+            "rows must be either trained on or held out, got the same ids in train_data and "
+            f"eval_data: {sorted(shared)[:3]}; give them other ids or other files"
+        )
+    # Prompts alone may repeat, with other answers; the pool may differ by how it was drawn.
+    trained = {(group.prompt_ids, group.candidate_ids[0]): group.row_id for group in train}
+    leaked = [
+        (trained[group.prompt_ids, group.candidate_ids[0]], group.row_id)
+        for group in held_out
+        if (group.prompt_ids, group.candidate_ids[0]) in trained
+    ]
+    if leaked:
+        pairs = ", ".join(f"{in_train!r} and {held!r}" for in_train, held in leaked[:3])
+        raise ValueError(
+            "rows must be either trained on or held out, got the same prompt and chosen completion "
+            f"in train_data and eval_data, {len(leaked)} times: {pairs}; drop them from one side"
+        )
 
 
 def _groups_of(

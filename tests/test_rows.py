@@ -60,7 +60,7 @@ def test_a_parquet_file_with_lists_of_structs_is_read(tmp_path):
     completions = [{"text": "b", "rank": 2}, {"text": "a", "rank": 1}]
     as_parquet(tmp_path / "rows.parquet", [{"prompt": "q", "completions": completions}])
     (row,) = load_rows([str(tmp_path / "rows.parquet")]).rows
-    assert row.row_id == "rows:1"
+    assert row.row_id == f"{tmp_path}/rows.parquet:1"
     assert [one.text for one in row.candidates] == ["a", "b"]
 
 
@@ -82,7 +82,7 @@ def test_a_dataset_is_read_by_name_and_split(tmp_path, offline_datasets):
     report = load_rows([train, f"{folder}:test"])
     assert len(report.rows) == 3
     assert set(ids(report)[:2]) < {"a", "b", "c"}
-    assert ids(report)[2] == f"{folder}:1"
+    assert ids(report)[2] == f"{folder}:test:1"
     assert report.rows[2].chosen.text == "yes t"
 
 
@@ -108,7 +108,7 @@ def test_a_mixture_holds_its_sources_in_order_each_in_its_schema(tmp_path):
     one = write(tmp_path / "one.jsonl", lines(pair("a"), pair("b")))
     two = write(tmp_path / "two.jsonl", lines(ranked))
     report = load_rows([two, SourceSpec(path=one)])
-    assert ids(report) == ["two:1", "a", "b"]
+    assert ids(report) == [f"{two}:1", "a", "b"]
     assert report.rows[0].chosen.text == "b"
 
 
@@ -133,11 +133,32 @@ def test_the_smaller_limit_counts_and_one_row_is_left(hundred):
     assert size(fraction=0.001) == 1
 
 
-def test_ids_come_from_the_column_or_from_file_and_line(tmp_path):
+def test_ids_come_from_the_column_or_from_path_and_line(tmp_path):
     bare = {key: value for key, value in pair("x").items() if key != "id"}
     numbered = {**pair("y"), "id": 7}
     path = write(tmp_path / "some.jsonl", lines(bare) + b"\n" + lines(numbered) + lines(bare))
-    assert ids(load_rows([path])) == ["some:1", "7", "some:4"]
+    assert ids(load_rows([path])) == [f"{path}:1", "7", f"{path}:4"]
+
+
+def test_files_of_one_name_in_two_folders_do_not_share_ids(tmp_path, monkeypatch):
+    bare = {key: value for key, value in pair("x").items() if key != "id"}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.jsonl", lines(bare))
+    monkeypatch.chdir(tmp_path)
+    report = load_rows(["a/train.jsonl", "b/train.jsonl"])
+    assert ids(report) == ["a/train.jsonl:1", "b/train.jsonl:1"]
+    assert report.findings == ()
+
+
+def test_splits_of_one_dataset_do_not_share_ids(tmp_path, offline_datasets):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split in ("train", "test"):
+        bare = {key: value for key, value in pair(split).items() if key != "id"}
+        write(folder / f"{split}.jsonl", lines(bare))
+    report = load_rows([str(folder), f"{folder}:test"])
+    assert ids(report) == [f"{folder}:train:1", f"{folder}:test:1"]
 
 
 def test_an_id_that_is_taken_gets_a_number_and_is_counted(tmp_path):
