@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,8 @@ class Groups:
 def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Groups:
     """Read and tokenize the training and held-out sources.
 
+    A ``chat_template`` of the configuration becomes the tokenizer's own.
+
     Raises:
         ValueError: no training source is named, a source cannot be read, nothing is left, or a row
             is both trained on and held out: its id, or its prompt with its chosen completion.
@@ -41,6 +44,9 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             "train_data must name at least one file or dataset, got none; "
             "set it in the YAML file or with --train_data FILE"
         )
+    if config.chat_template is not None:
+        # On the tokenizer: held-out prompts are rendered, and the model is saved, with the same.
+        tokenizer.chat_template = _read_template(config.chat_template)
     train, train_report = _groups_of(config.train_data, config, tokenizer, seed)
     held_out, eval_report = (
         _groups_of(config.eval_data, config, tokenizer, seed) if config.eval_data else ((), "")
@@ -103,6 +109,7 @@ def _groups_of(
         tokenizer,
         TokenConfig(
             max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
             too_long=config.too_long,
             prompt_format=config.prompt_format,
         ),
@@ -116,3 +123,15 @@ def _groups_of(
     )
     findings = (*loaded.findings, *tokenized.findings)
     return groups, f"{report}; {describe(findings)}" if findings else report
+
+
+def _read_template(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"chat_template must name a file with a Jinja template, got {path!r}, which is not "
+            f"there (looked from {Path.cwd()})"
+        )
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template must be a text file in UTF-8, {path}: {error}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import candidate_lines, write_jsonl
+from conftest import build_tokenizer, candidate_lines, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
 from mcpo.config import DataConfig
@@ -68,3 +68,41 @@ def test_one_prompt_with_another_answer_may_be_held_out(
     train = write_jsonl(tmp_path / "train.jsonl", rows[:1])
     held_out = write_jsonl(tmp_path / "held.jsonl", rows[1:])
     assert len(load(tiny_tokenizer, train, held_out).held_out) == 1
+
+
+SHOUTING = (
+    "{% for m in messages %}{{ 'w0 w0 w0 ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w1 ' }}{% endif %}"
+)
+
+
+def test_a_chat_template_takes_the_place_of_the_tokenizers_own(
+    candidates_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(SHOUTING)
+    tokenizer = build_tokenizer()
+    groups = load(tokenizer, candidates_file, chat_template=str(path))
+    begin = tuple(tokenizer.convert_tokens_to_ids(["w0", "w0", "w0"]))
+    assert all(group.prompt_ids[:3] == begin for group in groups.train)
+    assert tokenizer.chat_template == SHOUTING
+
+
+def test_a_chat_template_that_cannot_be_read_is_named(
+    tiny_tokenizer: PreTrainedTokenizerBase, candidates_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"chat_template must name a file .*, got 'gone"):
+        load(tiny_tokenizer, candidates_file, chat_template="gone.jinja")
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template must be a text file .*chat\.jinja"):
+        load(tiny_tokenizer, candidates_file, chat_template=str(path))
+
+
+def test_the_prompt_limit_reaches_the_tokens(
+    tiny_tokenizer: PreTrainedTokenizerBase, candidates_file: Path
+) -> None:
+    limits = {"max_prompt_length": 5, "too_long": "truncate_prompt"}
+    groups = load(tiny_tokenizer, candidates_file, **limits)
+    assert {len(group.prompt_ids) for group in groups.train} == {5}
+    assert "truncated_prompt 14" in groups.report

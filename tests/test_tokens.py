@@ -289,6 +289,12 @@ REFUSING = "{% if messages[0]['content'] == 'u' %}{{ raise_exception('no u here'
             r"row 'r' .* refuses \(no u here\); its roles are \['user'\]",
         ),
         (
+            make_tokenizer("{{ messages[0]['content'] }}"),
+            row(),
+            {},
+            "must write the text of the user's turn and of the assistant's, got 'zqxjkvb' for",
+        ),
+        (
             make_tokenizer(),
             row("12345"),
             {"prompt_format": "plain", "max_length": 5, "too_long": "error"},

@@ -53,25 +53,28 @@ def decode(record: Record) -> RawRow:
     """The columns of a row and its id: the ``id`` column, or path and number.
 
     Raises:
-        ValueError: the row is no JSON object, or its id is neither text nor a whole number.
+        ValueError: the row is no JSON object, or its id is neither text that can be encoded nor a
+            whole number.
     """
     content = record.content
     if isinstance(content, bytes):
         try:
             content = json.loads(content)
-        except ValueError as error:
+        # Nesting too deep for the parser is no ValueError.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{record.where} is not valid JSON: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{record.where} must hold one JSON object, got {type(content).__name__}")
     values = cast("Mapping[str, object]", content)
     row_id = values.get("id")
     if row_id is None:
-        row_id = record.default_id
-    elif isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise ValueError(
-            f"{record.where}: column 'id' must be text or a whole number, got {row_id!r}"
-        )
-    return RawRow(where=record.where, row_id=str(row_id), values=values)
+        return RawRow(where=record.where, row_id=record.default_id, values=values)
+    raw = RawRow(where=record.where, row_id=str(row_id), values=values)
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+        raise raw.wrong("id", "text or a whole number")
+    if isinstance(row_id, str):
+        raw.text("id")
+    return raw
 
 
 def _read_file(path: str) -> list[Record]:
@@ -110,7 +113,7 @@ def _read_lines(path: str) -> list[Record]:
 def _read_json(path: str) -> Sequence[object]:
     try:
         rows = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON: {error}; a file with one object a line must end in .jsonl"
         ) from error
