@@ -48,7 +48,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config must name a YAML file, got {path!r}, which is not there")
     try:
-        loaded = yaml.safe_load(Path(path).read_bytes())
+        with Path(path).open("rb") as file:
+            loaded = yaml.safe_load(file)
     # Nesting too deep for the parser is no YAMLError.
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
