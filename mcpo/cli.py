@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Read ``--config FILE`` and the overrides that follow it.
 
     Raises:
-        ValueError: an unknown name or a value of the wrong type.
+        ValueError: an unknown name, a value of the wrong type, or a file that is no YAML.
         FileNotFoundError: there is no such configuration file.
     """
     parser = _parser()
@@ -47,7 +47,12 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config must name a YAML file, got {path!r}, which is not there")
-    loaded = yaml.safe_load(Path(path).read_text())
+    try:
+        with Path(path).open("rb") as file:
+            loaded = yaml.safe_load(file)
+    # Nesting too deep for the parser is no YAMLError.
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(loaded).__name__}")
     for name in loaded:
@@ -119,7 +124,10 @@ def _source(value: Any, name: str) -> SourceSpec:
             f"{name} must hold file or dataset names, or mappings with path and any of "
             f"{', '.join(sorted(fields - {'path'}))}; got {value!r}"
         )
-    return SourceSpec(**value)
+    hints = get_type_hints(SourceSpec)
+    return SourceSpec(
+        **{field: convert(one, hints[field], f"{name}: {field}") for field, one in value.items()}
+    )
 
 
 def _convert_scalar(value: Any, kind: type, name: str) -> Any:

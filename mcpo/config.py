@@ -62,12 +62,21 @@ class DataConfig:
     )
     nectar_drop_second: bool = _option(True, "leave out Nectar's rank 2, as the paper does")
     max_length: int | None = _option(1024, "most tokens of a prompt with one completion")
+    max_prompt_length: int | None = _option(None, "most tokens of a prompt")
     too_long: Literal["drop", "truncate_completion", "truncate_prompt", "error"] = _option(
         "truncate_completion", "what to do with a sequence over max_length"
     )
     prompt_format: Literal["auto", "chat", "plain"] = _option(
         "auto", "chat template for plain-text prompts; auto: if the tokenizer has one"
     )
+    chat_template: str | None = _option(
+        None, "file with a Jinja chat template in place of the tokenizer's own"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+            value = getattr(self, name)
+            _require(value is None or value >= least, f"{name} must be at least {least}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

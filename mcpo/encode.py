@@ -230,6 +230,11 @@ def _with_template(plain: Encoder) -> Encoder:
     chat = replace(plain, chat=True, adds_bos=False)
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     whole = _apply_template(question, _PROBE, chat, "probe")
+    if whole.count(_PROBE) < 2:
+        raise ValueError(
+            "the chat template must write the text of the user's turn and of the assistant's, got "
+            f"{whole!r} for a conversation of {_PROBE!r} and {_PROBE!r}; use another chat_template"
+        )
     (tail,) = _tokenize([whole[whole.rindex(_PROBE) + len(_PROBE) :]], chat)
     special = {plain.end_id, *_special_ids(plain.tokenizer)}
     # Some templates end a turn with a token of their own (Gemma: <end_of_turn>) rather than EOS.

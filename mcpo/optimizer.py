@@ -31,14 +31,23 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     )
 
 
+# Of transformers' schedules, those that are stepped with a metric.
+_NEEDS_MORE_THAN_A_STEP = ("reduce_lr_on_plateau", "greedy")
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """A schedule of transformers by its name.
 
     Raises:
-        ValueError: there is no schedule of that name.
+        ValueError: there is no schedule of that name, or it does not follow from the step alone.
     """
+    if config.lr_scheduler_type in _NEEDS_MORE_THAN_A_STEP:
+        raise ValueError(
+            "lr_scheduler_type must name a schedule that follows from the step alone, "
+            f"got {config.lr_scheduler_type!r}"
+        )
     try:
         return get_scheduler(
             config.lr_scheduler_type,
@@ -46,8 +55,8 @@ def build_schedule(
             num_warmup_steps=round(config.warmup_ratio * total_steps),
             num_training_steps=total_steps,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             "lr_scheduler_type must be a schedule of transformers (linear, cosine, constant...), "
-            f"got {config.lr_scheduler_type!r}"
+            f"got {config.lr_scheduler_type!r} ({error})"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,9 +30,11 @@ class Groups:
 def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Groups:
     """Read and tokenize the training and held-out sources.
 
+    A ``chat_template`` of the configuration becomes the tokenizer's own.
+
     Raises:
         ValueError: no training source is named, a source cannot be read, nothing is left, or a row
-            id is used both for training and for holding out.
+            is both trained on and held out: its id, or its prompt with its chosen completion.
         FileNotFoundError: a file is not there.
     """
     if not config.train_data:
@@ -39,20 +42,41 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             "train_data must name at least one file or dataset, got none; "
             "set it in the YAML file or with --train_data FILE"
         )
+    if config.chat_template is not None:
+        # On the tokenizer: held-out prompts are rendered, and the model is saved, with the same.
+        tokenizer.chat_template = _read_template(config.chat_template)
     train, train_report = _groups_of(config.train_data, config, tokenizer, seed)
     held_out, eval_report = (
         _groups_of(config.eval_data, config, tokenizer, seed) if config.eval_data else ((), "")
     )
+    _refuse_leakage(train, held_out)
+    report = f"train: {train_report}"
+    if held_out:
+        report += f"\nheld out: {eval_report}"
+    return Groups(train=train, held_out=held_out, report=report)
+
+
+def _refuse_leakage(train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup]) -> None:
+    """Stop where a held-out row is trained on, be it under another id."""
     shared = {group.row_id for group in train} & {group.row_id for group in held_out}
     if shared:
         raise ValueError(
             "rows must be either trained on or held out, got the same ids in train_data and "
             f"eval_data: {sorted(shared)[:3]}; give them other ids or other files"
         )
-    report = f"train: {train_report}"
-    if held_out:
-        report += f"\nheld out: {eval_report}"
-    return Groups(train=train, held_out=held_out, report=report)
+    # Prompts alone may repeat, with other answers; the pool may differ by how it was drawn.
+    trained = {(group.prompt_ids, group.candidate_ids[0]): group.row_id for group in train}
+    leaked = [
+        (trained[group.prompt_ids, group.candidate_ids[0]], group.row_id)
+        for group in held_out
+        if (group.prompt_ids, group.candidate_ids[0]) in trained
+    ]
+    if leaked:
+        pairs = ", ".join(f"{in_train!r} and {held!r}" for in_train, held in leaked[:3])
+        raise ValueError(
+            "rows must be either trained on or held out, got the same prompt and chosen completion "
+            f"in train_data and eval_data, {len(leaked)} times: {pairs}; drop them from one side"
+        )
 
 
 def _groups_of(
@@ -73,6 +97,7 @@ def _groups_of(
         tokenizer,
         TokenConfig(
             max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
             too_long=config.too_long,
             prompt_format=config.prompt_format,
         ),
@@ -86,3 +111,15 @@ def _groups_of(
     )
     findings = (*loaded.findings, *tokenized.findings)
     return groups, f"{report}; {describe(findings)}" if findings else report
+
+
+def _read_template(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"chat_template must name a file with a Jinja template, got {path!r}, which is not "
+            f"there (looked from {Path.cwd()})"
+        )
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template must be a text file in UTF-8, {path}: {error}") from error

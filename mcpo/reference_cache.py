@@ -1,10 +1,12 @@
 """Log-probabilities of all candidates under the frozen reference, computed once and kept on disk.
 
-A cache is a folder of JSON-lines files, one per writer, under a key that covers everything a value
-depends on besides its tokens: weights, precision, packing, head, reduction. A value carries its row
-id and the hash of its token ids, so another truncation, template or tokenizer is a miss, never a
-wrong number. Lines are appended batch by batch: an interrupted pass loses one batch, and a torn
-last line is ignored.
+A cache is a folder of JSON-lines files under a key that covers everything a value depends on
+besides its tokens: weights, precision, packing, head, reduction. A value is found by its row id and
+the hash of its token ids, so another truncation, template or tokenizer is a miss, never a wrong
+number, and several may live side by side. Every pass of every process writes a file of its own,
+batch by batch: concurrent runs share a folder and never a file, an interrupted pass loses one
+batch, and a torn last line is ignored. What all ranks wrote is read back from the folder by each,
+so ranks on several machines need a folder on a file system they share.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from mcpo.tokens import token_hash
 
 FORMAT = 1
 
+# Row id and token hash.
+Key = tuple[str, str]
 ScoreBatch = Callable[[Sequence[TokenizedGroup]], list[list[float]]]
 
 
@@ -58,24 +63,26 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mcpo" / "reference"
 
 
-def read(folder: Path) -> dict[str, tuple[str, tuple[float, ...]]]:
-    """Every value of a cache: row id -> (token hash, log-probabilities).
+def read(folder: Path) -> dict[Key, tuple[float, ...]]:
+    """Every value of a cache; where two passes computed the same one, the later pass's.
 
     Raises:
         ValueError: a line other than a torn last one cannot be read.
     """
-    values: dict[str, tuple[str, tuple[float, ...]]] = {}
+    values: dict[Key, tuple[float, ...]] = {}
+    # Names begin with the time, so sorting puts later passes behind earlier ones.
     for path in sorted(folder.glob("*.jsonl")):
-        lines = path.read_text().split("\n")
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             try:
                 row = json.loads(line)
-                values[row["row_id"]] = (row["token_hash"], tuple(row["logps"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                logps = tuple(float(logp) for logp in row["logps"])
+                values[row["row_id"], row["token_hash"]] = logps
+            except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
-                    # A writer was killed in the middle of this line: it counts as not written.
+                    # A writer was killed in the middle of this line, or is still at it.
                     continue
                 raise ValueError(
                     f"{path}, line {number}, must hold row_id, token_hash and logps, got "
@@ -106,12 +113,13 @@ def complete(
     mine = [batch for batch in share if not all(_present(group, have) for group in batch)]
     if not mine:
         return 0
-    path = folder / f"rank{rank}.jsonl"
-    _drop_torn_line(path)
-    with path.open("a") as file:
+    path = folder / f"{time.time_ns()}-rank{rank}-{os.getpid()}.jsonl"
+    # Refused if it is there: a file has one writer.
+    with path.open("x") as file:
         for done, batch in enumerate(mine, start=1):
             for group, logps in zip(batch, score(batch), strict=True):
-                value = {"row_id": group.row_id, "token_hash": token_hash(group), "logps": logps}
+                row_id, hashed = _key(group)
+                value = {"row_id": row_id, "token_hash": hashed, "logps": logps}
                 file.write(json.dumps(value) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -124,18 +132,16 @@ def verified(folder: Path, groups: Sequence[TokenizedGroup]) -> ReferenceLogps:
     """Load the values of these groups, each checked against its tokens.
 
     Raises:
-        ValueError: a group is absent, was computed from other tokens, or has another number of
-            candidates.
+        ValueError: a group is absent, as where another machine wrote it to a folder of its own, was
+            computed from other tokens, or has another number of candidates.
     """
     have = read(folder)
+    logps: dict[str, tuple[float, ...]] = {}
     for group in groups:
         if not _present(group, have):
-            raise ValueError(
-                f"the reference cache {folder} must hold row {group.row_id!r} with its token hash "
-                f"and {group.num_candidates} log-probs, got {have.get(group.row_id)!r}; "
-                "delete the folder"
-            )
-    return ReferenceLogps(logps={group.row_id: have[group.row_id][1] for group in groups})
+            raise ValueError(_absent(folder, group, have))
+        logps[group.row_id] = have[_key(group)]
+    return ReferenceLogps(logps=logps)
 
 
 def unpack(logp_PC: Tensor, batch: PackedBatch) -> list[list[float]]:
@@ -144,16 +150,27 @@ def unpack(logp_PC: Tensor, batch: PackedBatch) -> list[list[float]]:
     return [row[:count] for row, count in zip(logp_PC.tolist(), counts, strict=True)]
 
 
-def _present(group: TokenizedGroup, have: Mapping[str, tuple[str, tuple[float, ...]]]) -> bool:
-    if group.row_id not in have:
-        return False
-    stored_hash, logps = have[group.row_id]
-    return stored_hash == token_hash(group) and len(logps) == group.num_candidates
+def _key(group: TokenizedGroup) -> Key:
+    return group.row_id, token_hash(group)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut what a killed writer left after the last full line, so that appending is safe."""
-    if path.exists():
-        content = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+def _present(group: TokenizedGroup, have: Mapping[Key, tuple[float, ...]]) -> bool:
+    return len(have.get(_key(group), ())) == group.num_candidates
+
+
+def _absent(folder: Path, group: TokenizedGroup, have: Mapping[Key, tuple[float, ...]]) -> str:
+    """What is wrong with a cache that does not hold a group, and what to do."""
+    row_id, wanted = _key(group)
+    if (row_id, wanted) in have:
+        got = f"{len(have[row_id, wanted])} log-probs; delete the folder"
+    else:
+        others = sum(known == row_id for known, _ in have)
+        got = (
+            f"none for these tokens and {others} for other tokens of the row; every process must "
+            "read what all of them wrote: on several machines, set reference_cache_dir to a folder "
+            "of a file system they share"
+        )
+    return (
+        f"the reference cache {folder} must hold row {row_id!r} with its token hash and "
+        f"{group.num_candidates} log-probs, got {got}"
+    )

@@ -2,8 +2,8 @@
 
 Kinds of findings, beside those of ``encode``. Rows dropped: ``empty_prompt``, ``empty_chosen``,
 ``prompt_too_long``, ``chosen_too_long``, ``all_identical``, ``empty_pool``. Candidates dropped:
-``empty_completion``, ``completion_too_long``, ``same_as_chosen``. Text cut: ``truncated_prompt``
-and ``truncated_completion`` (which then has no EOS).
+``empty_completion``, ``completion_too_long``, ``same_as_chosen``, ``same_as_rival``. Text cut:
+``truncated_prompt`` and ``truncated_completion`` (which then has no EOS).
 """
 
 from __future__ import annotations
@@ -127,13 +127,26 @@ def _group(
     if fitted is None:
         return None
     prompt_ids, (chosen, *pool) = fitted
-    rivals = [ids for ids in pool if ids != chosen]
+    rivals = _distinct_rivals(row_id, chosen, pool, tally)
     if not rivals:
-        tally.add("all_identical" if pool else "empty_pool", row_id)
         return None
-    for _ in range(len(pool) - len(rivals)):
-        tally.add("same_as_chosen", row_id)
     return TokenizedGroup(row_id=row_id, prompt_ids=prompt_ids, candidate_ids=(chosen, *rivals))
+
+
+def _distinct_rivals(
+    row_id: str, chosen: tuple[int, ...], pool: list[tuple[int, ...]], tally: Tally
+) -> list[tuple[int, ...]]:
+    """Rivals that differ from the chosen one and from one another, which cutting may undo."""
+    others = [ids for ids in pool if ids != chosen]
+    if not others:
+        tally.add("all_identical" if pool else "empty_pool", row_id)
+        return []
+    for _ in range(len(pool) - len(others)):
+        tally.add("same_as_chosen", row_id)
+    rivals = list(dict.fromkeys(others))
+    for _ in range(len(others) - len(rivals)):
+        tally.add("same_as_rival", row_id)
+    return rivals
 
 
 def _fit(

@@ -43,6 +43,11 @@ def test_sources_of_a_mixture_carry_their_own_settings() -> None:
     assert config.data.train_data[1] == SourceSpec(path="b.jsonl", fraction=0.5)
 
 
+def test_numbers_of_a_source_may_come_as_words() -> None:
+    config = make_config({"train_data": [{"path": "b", "fraction": "5e-1", "max_rows": "3"}]})
+    assert config.data.train_data == (SourceSpec(path="b", fraction=0.5, max_rows=3),)
+
+
 def test_flat_values_make_the_same_config() -> None:
     config = make_config({"learning_rate": "3e-6", "strategy": "max", "train_data": "a.jsonl"})
     flat = to_flat(config)
@@ -65,6 +70,8 @@ def test_flat_values_make_the_same_config() -> None:
         (["--num_negatives", "0"], "num_negatives must be at least 1, got 0"),
         (["--max_steps", "0"], "max_steps must be -1 or at least 1, got 0"),
         (["--warmup_ratio", "2"], r"warmup_ratio must be in \[0, 1\], got 2.0"),
+        (["--max_length", "1"], "max_length must be at least 2, got 1"),
+        (["--max_prompt_length", "0"], "max_prompt_length must be at least 1, got 0"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
         (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0"),
         (["stray"], "options must be written --name value, got the stray words"),
@@ -81,6 +88,16 @@ def test_bad_options_are_named(arguments: list[str], message: str) -> None:
     [
         ("learning_rte: 1", "unknown option 'learning_rte' in .*did you mean 'learning_rate'"),
         ("- 1", "must hold `name: value` lines, got list"),
+        ("a: [1, 2\nb: :", r"recipe\.yaml is not valid YAML: while parsing .* line 2, column 2"),
+        ("[" * 20_000, r"recipe\.yaml is not valid YAML: maximum recursion depth"),
+        ("seed: '\xff\x01'", r"recipe\.yaml is not valid YAML: .*special characters"),
+        ("train_data: [{path: 5}]", "train_data: path must be text, got 5"),
+        ("train_data: [{path: x, split: 5}]", "train_data: split must be text, got 5"),
+        ("train_data: [{path: x, max_rows: many}]", "train_data: max_rows must be a whole number"),
+        ("train_data: [{path: x, fraction: [1]}]", r"train_data: fraction must be a number, got "),
+        ("train_data: [{path: x, fraction: null}]", "train_data: fraction must be a number, got N"),
+        ("train_data: [{path: x, schema: sft}]", "train_data: schema must be one of auto, "),
+        ("train_data: [5]", "train_data must hold file or dataset names, or mappings .* got 5"),
         ("train_data: [{file: x}]", "train_data must hold file or dataset names, or mappings"),
     ],
 )

@@ -41,6 +41,10 @@ def write_lines(tmp_path, *lines):
     return path
 
 
+def changed(**fields):
+    return (json.dumps(RECORD | fields),)
+
+
 @pytest.mark.parametrize("split", ["validation", "heldout"])
 def test_load_items_reads_the_data_of_the_project(split):
     items = load_items(DATA / f"verifiable_{split}_prompts.jsonl")
@@ -64,17 +68,44 @@ def test_load_items(tmp_path):
     [
         ((), r"must hold at least one prompt; it is empty"),
         (("{}", "not json"), r"jsonl:1 must have the fields .*; it lacks \['id'"),
-        ((json.dumps(RECORD), "not json"), r"jsonl:2 must be a JSON object; got 'not json'"),
-        ((json.dumps(RECORD | {"checks": []}),), r"jsonl:1: checks must name .*; got none"),
+        ((json.dumps(RECORD), "not json"), r"jsonl:2 is not valid JSON: Expecting value"),
+        (("3",), r"jsonl:1 must hold one JSON object, got int"),
+        (("[" * 100_000,), r"jsonl:1 is not valid JSON: maximum recursion"),
+        (changed(prompt=3), r"jsonl:1: column 'prompt' must be text, got int 3"),
+        (changed(prompt="\ud83d"), r"jsonl:1: column 'prompt' must be text without lone"),
+        (changed(topic=None), r"jsonl:1: column 'topic' must be text, got None"),
         (
-            (json.dumps(RECORD | {"checks": [{"kind": "rhymes", "args": {}}]}),),
-            r"checks must name at least one kind, all of .*; got \['rhymes'\]",
+            changed(unseen_kind="no"),
+            r"jsonl:1: column 'unseen_kind' must be true or false",
+        ),
+        (changed(checks=[]), r"jsonl:1: checks must hold at least one, got none"),
+        (changed(checks="no_commas"), r"jsonl:1: column 'checks' must be a list of objects, got "),
+        (changed(checks=["no_commas"]), r"column 'checks\[0\]' must be an object, got str"),
+        (changed(checks=[{"kind": "no_commas"}]), r"jsonl:1, checks\[0\] has no column 'args'"),
+        (
+            changed(checks=[{"kind": "rhymes", "args": {}}]),
+            r"jsonl:1, checks\[0\]: kind must be one of .*, got 'rhymes'",
+        ),
+        (
+            changed(checks=[{"kind": "at_most_words", "args": {}}]),
+            r"jsonl:1, checks\[0\]: args of at_most_words must be \{most: int\}, .* got \{\}",
+        ),
+        (
+            changed(checks=[{"kind": "at_most_words", "args": {"most": "10"}}]),
+            r"args of at_most_words must be \{most: int\}, .* got \{'most': '10'\}",
         ),
     ],
 )
 def test_load_items_says_what_is_wrong(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         load_items(write_lines(tmp_path, *lines))
+
+
+def test_load_items_says_where_there_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must be in a JSONL file, .*, which is a folder;"):
+        load_items(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl, which is not there;"):
+        load_items(tmp_path / "gone.jsonl")
 
 
 def test_score_checks_each_instruction_and_the_end():

@@ -7,7 +7,15 @@ import inspect
 import pytest
 
 from mcpo.data import checkers
-from mcpo.data.instructions import KINDS, PAIRS, UNSEEN_KINDS, Check, passes, satisfies
+from mcpo.data.instructions import (
+    KINDS,
+    PAIRS,
+    UNSEEN_KINDS,
+    Check,
+    passes,
+    require_args,
+    satisfies,
+)
 from mcpo.data.prompts import put_in_words
 
 
@@ -49,6 +57,20 @@ def test_pairs_are_of_seen_kinds():
 )
 def test_passes_asks_for_an_end_and_three_words(text, finished, expected):
     assert passes(Check(kind="no_commas", args={}), text, finished=finished) is expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_arguments_are_those_of_the_kind(name):
+    for args in KINDS[name].choices:
+        require_args(Check(kind=name, args=args))
+        wrong = [{**args, "extra": 1}]
+        for arg, value in args.items():
+            wrong.append({key: other for key, other in args.items() if key != arg})
+            wrong.append({**args, arg: str(value) if isinstance(value, int) else 3})
+            wrong.append({**args, arg: True})
+        for given in wrong:
+            with pytest.raises(ValueError, match=f"args of {name} must be .*, no more and no less"):
+                require_args(Check(kind=name, args=given))
 
 
 def test_unknown_kind():

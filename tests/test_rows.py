@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mcpo.data import RowOptions, SourceSpec, load_rows, parse_source
-from mcpo.findings import counts
+from mcpo.findings import counts, describe
 
 
 def pair(name):
@@ -60,7 +60,7 @@ def test_a_parquet_file_with_lists_of_structs_is_read(tmp_path):
     completions = [{"text": "b", "rank": 2}, {"text": "a", "rank": 1}]
     as_parquet(tmp_path / "rows.parquet", [{"prompt": "q", "completions": completions}])
     (row,) = load_rows([str(tmp_path / "rows.parquet")]).rows
-    assert row.row_id == "rows:1"
+    assert row.row_id == f"{tmp_path}/rows.parquet:1"
     assert [one.text for one in row.candidates] == ["a", "b"]
 
 
@@ -82,7 +82,7 @@ def test_a_dataset_is_read_by_name_and_split(tmp_path, offline_datasets):
     report = load_rows([train, f"{folder}:test"])
     assert len(report.rows) == 3
     assert set(ids(report)[:2]) < {"a", "b", "c"}
-    assert ids(report)[2] == f"{folder}:1"
+    assert ids(report)[2] == f"{folder}:test:1"
     assert report.rows[2].chosen.text == "yes t"
 
 
@@ -108,7 +108,7 @@ def test_a_mixture_holds_its_sources_in_order_each_in_its_schema(tmp_path):
     one = write(tmp_path / "one.jsonl", lines(pair("a"), pair("b")))
     two = write(tmp_path / "two.jsonl", lines(ranked))
     report = load_rows([two, SourceSpec(path=one)])
-    assert ids(report) == ["two:1", "a", "b"]
+    assert ids(report) == [f"{two}:1", "a", "b"]
     assert report.rows[0].chosen.text == "b"
 
 
@@ -133,11 +133,32 @@ def test_the_smaller_limit_counts_and_one_row_is_left(hundred):
     assert size(fraction=0.001) == 1
 
 
-def test_ids_come_from_the_column_or_from_file_and_line(tmp_path):
+def test_ids_come_from_the_column_or_from_path_and_line(tmp_path):
     bare = {key: value for key, value in pair("x").items() if key != "id"}
     numbered = {**pair("y"), "id": 7}
     path = write(tmp_path / "some.jsonl", lines(bare) + b"\n" + lines(numbered) + lines(bare))
-    assert ids(load_rows([path])) == ["some:1", "7", "some:4"]
+    assert ids(load_rows([path])) == [f"{path}:1", "7", f"{path}:4"]
+
+
+def test_files_of_one_name_in_two_folders_do_not_share_ids(tmp_path, monkeypatch):
+    bare = {key: value for key, value in pair("x").items() if key != "id"}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.jsonl", lines(bare))
+    monkeypatch.chdir(tmp_path)
+    report = load_rows(["a/train.jsonl", "b/train.jsonl"])
+    assert ids(report) == ["a/train.jsonl:1", "b/train.jsonl:1"]
+    assert report.findings == ()
+
+
+def test_splits_of_one_dataset_do_not_share_ids(tmp_path, offline_datasets):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split in ("train", "test"):
+        bare = {key: value for key, value in pair(split).items() if key != "id"}
+        write(folder / f"{split}.jsonl", lines(bare))
+    report = load_rows([str(folder), f"{folder}:test"])
+    assert ids(report) == [f"{folder}:train:1", f"{folder}:test:1"]
 
 
 def test_an_id_that_is_taken_gets_a_number_and_is_counted(tmp_path):
@@ -165,6 +186,36 @@ def test_bad_rows_stop_the_run_or_are_counted_with_their_reason(tmp_path):
     assert (finding.kind, finding.count) == ("bad_row", 2)
     assert "line 2 is not valid JSON" in finding.examples[0]
     assert "line 3: column 'chosen' must be text" in finding.examples[1]
+
+
+SURROGATES = [
+    ({"id": "a\ud83d"}, r"line 2: column 'id' must be text without .*, got str 'a\\ud83d'"),
+    ({"prompt": "q \ud83d"}, r"line 2: column 'prompt' must be text without lone surrogates .half"),
+    ({"chosen": "\ude00"}, "line 2: column 'chosen' must be text without lone surrogates"),
+    ({"rejected": ["no", "\ude00"]}, r"line 2: column 'rejected\[1\]' must be text without lone"),
+    (
+        {"prompt": [{"role": "user", "content": "\ud83d"}]},
+        r"line 2, prompt\[0\]: column 'content' must be text without lone surrogates",
+    ),
+    ({"score_chosen": 10**400}, "line 2: column 'score_chosen' must be a finite number"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SURROGATES)
+def test_what_json_can_spell_and_nothing_can_encode_is_a_bad_row(tmp_path, change, message):
+    path = write(tmp_path / "rows.jsonl", lines(pair("a"), {**pair("b"), **change}))
+    with pytest.raises(ValueError, match=message):
+        load_rows([path])
+    report = load_rows([path], options=RowOptions(bad_rows="drop"))
+    assert ids(report) == ["a"]
+    assert counts(report.findings) == {"bad_row": 1}
+    describe(report.findings).encode()
+
+
+def test_a_surrogate_pair_is_text(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines({**pair("a"), "chosen": "\U0001f600"}))
+    assert b"\\ud83d\\ude00" in Path(path).read_bytes()
+    assert load_rows([path]).rows[0].chosen.text == "\U0001f600"
 
 
 def test_a_broken_line_outside_the_subsample_does_not_matter(tmp_path, hundred):
@@ -205,6 +256,8 @@ def test_columns_that_fit_two_schemas_must_be_told_apart(tmp_path):
         ("rows.jsonl.gz", gzip.compress(b"{}")[:-9], r"rows\.jsonl\.gz cannot be unpacked"),
         ("rows.json", b'{"a": 1}', r"rows\.json must hold a list of rows, got dict"),
         ("rows.json", b"{}\n{}", r"rows\.json is not valid JSON: .* must end in \.jsonl"),
+        ("rows.jsonl", b"[" * 100_000, r"rows\.jsonl line 1 is not valid JSON: maximum recursion"),
+        ("rows.json", b"[" * 100_000, r"rows\.json is not valid JSON: maximum recursion"),
         ("rows.json", b"[3]", r"rows\.json row 1 must hold one JSON object, got int"),
         ("rows.parquet", b"none", r"rows\.parquet cannot be read as parquet"),
         ("rows.csv", b"a,b", r"rows\.csv must end in \.jsonl, \.jsonl\.gz, \.json, \.parquet"),
@@ -236,14 +289,22 @@ def test_no_sources_is_no_run():
     [
         ({"fraction": 0}, r"x\.jsonl: fraction must be in \(0, 1\], got 0"),
         ({"fraction": 1.5}, r"fraction must be in \(0, 1\], got 1.5"),
-        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
+        ({"max_rows": "3"}, r"x\.jsonl: max_rows must be a whole number of at least 1, got '3'"),
+        ({"max_rows": True}, "max_rows must be a whole number of at least 1, got True"),
+        ({"fraction": "half"}, r"fraction must be in \(0, 1\], got 'half'"),
+        ({"schema": ["nectar"]}, r"schema must be 'auto' or one of .*, got \['nectar'\]"),
+        ({"split": 5}, "split must be the name of one, got 5"),
+        ({"split": ""}, "split must be the name of one, got ''"),
+        ({"path": 5}, "path of a source must name a file or dataset, got 5"),
+        ({"path": ""}, "path of a source must name a file or dataset, got ''"),
         ({"schema": "dpo"}, "schema must be 'auto' or one of candidates, .* got 'dpo'"),
         ({"split": "test"}, "split belongs to Hugging Face datasets .* got 'test'"),
     ],
 )
 def test_source_values_are_checked(spec, message):
     with pytest.raises(ValueError, match=message):
-        SourceSpec(path="x.jsonl", **spec)
+        SourceSpec(**{"path": "x.jsonl", **spec})
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ BAD = [
         {"prompt": [{"role": "user", "content": None}]},
         r"prompt\[0\]: column 'content' must be text, got None",
     ),
-    ("candidates", {"id": 1.5}, "column 'id' must be text or a whole number, got 1.5"),
+    ("candidates", {"id": 1.5}, "column 'id' must be text or a whole number, got float 1.5"),
     ("nectar", {"prompt": None}, "column 'prompt' must be text, got None"),
     ("nectar", {"prompt": "hi"}, "'prompt' must be a transcript .* got str 'hi'"),
     (

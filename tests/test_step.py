@@ -174,7 +174,8 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert {parameter.dim() for parameter in decayed["params"]} == {2}
 
 
-def test_unknown_schedule_is_named() -> None:
-    optim = dataclasses.replace(CONFIG.optim, lr_scheduler_type="sawtooth")
-    with pytest.raises(ValueError, match=r"lr_scheduler_type must be .*got 'sawtooth'"):
+@pytest.mark.parametrize("name", ["sawtooth", "reduce_lr_on_plateau", "warmup_stable_decay"])
+def test_a_schedule_that_cannot_be_served_is_named(name: str) -> None:
+    optim = dataclasses.replace(CONFIG.optim, lr_scheduler_type=name)
+    with pytest.raises(ValueError, match=r"lr_scheduler_type must be .*got '" + name"):
         build_schedule(engine_of().optimizer, optim, 10)

@@ -184,6 +184,13 @@ def test_all_identical_after_the_cut_drops_the_row():
     assert found == {"truncated_completion": 2, "all_identical": 1}
 
 
+def test_rivals_that_the_cut_makes_equal_are_one_rival():
+    rows = row("q", "other", ("same here", "else", "same there", "same where"))
+    groups, found = run(make_tokenizer(), rows, prompt_format="plain", max_length=6)
+    assert groups == [("q", ["other", "same ", "else<|im_end|>"])]
+    assert found == {"truncated_completion": 4, "same_as_rival": 2}
+
+
 LONG = row("12345", "abcdefgh", ("xy", "xyzxyzxyz"))
 
 
@@ -280,6 +287,12 @@ REFUSING = "{% if messages[0]['content'] == 'u' %}{{ raise_exception('no u here'
             row(TURNS),
             {},
             r"row 'r' .* refuses \(no u here\); its roles are \['user'\]",
+        ),
+        (
+            make_tokenizer("{{ messages[0]['content'] }}"),
+            row(),
+            {},
+            "must write the text of the user's turn and of the assistant's, got 'zqxjkvb' for",
         ),
         (
             make_tokenizer(),

@@ -282,6 +282,21 @@ def satisfies(check: Check, text: str) -> bool:
     return KINDS[check.kind].checker(text, **check.args)
 
 
+def require_args(check: Check) -> None:
+    """Refuse a check that its checker could not be called with.
+
+    Raises:
+        ValueError: the arguments have other names or types than those of its kind.
+    """
+    wanted = {name: type(value) for name, value in KINDS[check.kind].choices[0].items()}
+    if {name: type(value) for name, value in check.args.items()} != wanted:
+        shown = ", ".join(f"{name}: {kind.__name__}" for name, kind in wanted.items())
+        raise ValueError(
+            f"args of {check.kind} must be {{{shown}}}, no more and no less, "
+            f"got {dict(check.args)!r}"
+        )
+
+
 def passes(check: Check, text: str, *, finished: bool) -> bool:
     """Whether a completion obeys, was ended by the model and has three words or more."""
     return finished and len(checkers.words(text)) >= MIN_WORDS and satisfies(check, text)

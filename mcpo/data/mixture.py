@@ -19,7 +19,7 @@ class SourceSpec:
 
     path: str
     """A .jsonl, .jsonl.gz, .json or .parquet file, or the name of a Hugging Face dataset."""
-    schema: Schema | Literal["auto"] = "auto"
+    schema: Literal["auto", Schema] = "auto"
     """``auto`` looks at the columns of the first row."""
     split: str | None = None
     """Of a Hugging Face dataset; None is ``train``."""
@@ -29,26 +29,36 @@ class SourceSpec:
     """Rows to take at most, drawn by seed, before anything is dropped."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"{self.path}: fraction must be in (0, 1], got {self.fraction}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"{self.path}: max_rows must be at least 1, got {self.max_rows}")
-        if self.schema != "auto" and self.schema not in get_args(Schema):
-            raise ValueError(
-                f"{self.path}: schema must be 'auto' or one of {', '.join(get_args(Schema))}, "
-                f"got {self.schema!r}"
-            )
-        if self.split is not None and self.is_file:
-            raise ValueError(
-                f"{self.path}: split belongs to Hugging Face datasets and a file has none, "
-                f"got {self.split!r}"
-            )
+        """Check types, which a YAML file leaves open, and values."""
+        where = f"{self.path}: "
+        path = self.path if _is(self.path, str) else ""
+        _require(path != "", "path of a source must name a file or dataset", self.path)
+        holds = _is(self.split, str, type(None)) and self.split != ""
+        _require(holds, f"{where}split must be the name of one", self.split)
+        holds = _is(self.fraction, int, float) and 0 < self.fraction <= 1
+        _require(holds, f"{where}fraction must be in (0, 1]", self.fraction)
+        holds = self.max_rows is None or (_is(self.max_rows, int) and self.max_rows >= 1)
+        _require(holds, f"{where}max_rows must be a whole number of at least 1", self.max_rows)
+        schemas = get_args(Schema)
+        rule = f"{where}schema must be 'auto' or one of {', '.join(schemas)}"
+        _require(self.schema in ("auto", *schemas), rule, self.schema)
+        rule = f"{where}split belongs to Hugging Face datasets and a file has none"
+        _require(self.split is None or not self.is_file, rule, self.split)
 
     @property
     def is_file(self) -> bool:
         """Whether the path is read as a local file."""
         return self.path.endswith(FILE_ENDINGS) or Path(self.path).is_file()
+
+
+def _is(value: object, *kinds: type) -> bool:
+    """Whether a value is of one of the types; true and false are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _require(holds: bool, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {got!r}")
 
 
 def parse_source(text: str) -> SourceSpec:

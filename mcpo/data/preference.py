@@ -56,7 +56,7 @@ def _side(raw: RawRow, column: str) -> _Side:
     """A string, or messages of which the last is the completion."""
     value = raw.value(column)
     if isinstance(value, str):
-        return _Side(before=(), text=value)
+        return _Side(before=(), text=raw.text(column))
     if not isinstance(value, list | tuple):
         raise raw.wrong(column, "text or a list of messages")
     messages = read_messages(raw.entries(column))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +39,13 @@ class RawRow:
         """A string.
 
         Raises:
-            ValueError: it is missing or not a string.
+            ValueError: it is missing, not a string, or no text that can be encoded.
         """
         value = self.value(column)
         if not isinstance(value, str):
             raise self.wrong(column, "text")
+        if not is_unicode(value):
+            raise self.wrong(column, "text without lone surrogates (half of a \\ud83d\\ude00 pair)")
         return value
 
     def number(self, column: str) -> float:
@@ -51,10 +55,11 @@ class RawRow:
             ValueError: it is missing or not a finite number.
         """
         value = self.value(column)
+        # A whole number in JSON may be larger than any float.
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not -_LARGEST <= value <= _LARGEST
         ):
             raise self.wrong(column, "a finite number")
         return float(value)
@@ -115,6 +120,15 @@ class RawRow:
             row_id=self.row_id,
             values=cast("Mapping[str, object]", value),
         )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may spell half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: object) -> str:

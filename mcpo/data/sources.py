@@ -41,34 +41,40 @@ def read_source(spec: SourceSpec, *, seed: int, index: int) -> Iterator[Record]:
     if isinstance(rows, list):
         yield from (rows[number] for number in taken)
         return
+    # The splits of one dataset number their rows alike.
+    name = f"{spec.path}:{spec.split or 'train'}"
     for number, row in zip(taken, rows.select(taken), strict=True):
-        where = f"{spec.path}:{spec.split or 'train'} row {number + 1}"
-        yield Record(where=where, default_id=f"{spec.path}:{number + 1}", content=row)
+        yield Record(
+            where=f"{name} row {number + 1}", default_id=f"{name}:{number + 1}", content=row
+        )
 
 
 def decode(record: Record) -> RawRow:
-    """The columns of a row and its id: the ``id`` column, or file and number.
+    """The columns of a row and its id: the ``id`` column, or path and number.
 
     Raises:
-        ValueError: the row is no JSON object, or its id is neither text nor a whole number.
+        ValueError: the row is no JSON object, or its id is neither text that can be encoded nor a
+            whole number.
     """
     content = record.content
     if isinstance(content, bytes):
         try:
             content = json.loads(content)
-        except ValueError as error:
+        # Nesting too deep for the parser is no ValueError.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{record.where} is not valid JSON: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{record.where} must hold one JSON object, got {type(content).__name__}")
     values = cast("Mapping[str, object]", content)
     row_id = values.get("id")
     if row_id is None:
-        row_id = record.default_id
-    elif isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise ValueError(
-            f"{record.where}: column 'id' must be text or a whole number, got {row_id!r}"
-        )
-    return RawRow(where=record.where, row_id=str(row_id), values=values)
+        return RawRow(where=record.where, row_id=record.default_id, values=values)
+    raw = RawRow(where=record.where, row_id=str(row_id), values=values)
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+        raise raw.wrong("id", "text or a whole number")
+    if isinstance(row_id, str):
+        raw.text("id")
+    return raw
 
 
 def _read_file(path: str) -> list[Record]:
@@ -83,9 +89,8 @@ def _read_file(path: str) -> list[Record]:
         rows = _read_parquet(path)
     else:
         raise ValueError(f"{path} must end in {', '.join(FILE_ENDINGS)}; rename or convert it")
-    stem = _stem(path)
     return [
-        Record(where=f"{path} row {number}", default_id=f"{stem}:{number}", content=row)
+        Record(where=f"{path} row {number}", default_id=f"{path}:{number}", content=row)
         for number, row in enumerate(rows, start=1)
     ]
 
@@ -98,9 +103,8 @@ def _read_lines(path: str) -> list[Record]:
             data = gzip.decompress(data)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked as gzip: {error}") from error
-    stem = _stem(path)
     return [
-        Record(where=f"{path} line {number}", default_id=f"{stem}:{number}", content=line)
+        Record(where=f"{path} line {number}", default_id=f"{path}:{number}", content=line)
         for number, line in enumerate(data.split(b"\n"), start=1)
         if line.strip()
     ]
@@ -109,7 +113,7 @@ def _read_lines(path: str) -> list[Record]:
 def _read_json(path: str) -> Sequence[object]:
     try:
         rows = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON: {error}; a file with one object a line must end in .jsonl"
         ) from error
@@ -140,7 +144,3 @@ def _load_dataset(spec: SourceSpec) -> Dataset:
             f"{spec.split or 'train'!r} of a Hugging Face dataset of that name cannot be loaded: "
             f"{error}"
         ) from error
-
-
-def _stem(path: str) -> str:
-    return Path(path).name.split(".")[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-from mcpo.data.instructions import KINDS, Check, passes
+from mcpo.data.instructions import KINDS, Arg, Check, passes, require_args
+from mcpo.data.raw import RawRow
+from mcpo.data.sources import Record, decode
 from mcpo.evaluate.statistics import PairedResult, compare_paired
 
 if TYPE_CHECKING:
@@ -34,12 +35,19 @@ def load_items(path: Path) -> list[VerifiableItem]:
     """Read a ``verifiable_*_prompts.jsonl`` file.
 
     Raises:
-        ValueError: the file is empty, or a line lacks a field or names an unknown kind.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, or a line is no JSON object, lacks a field, or asks for an
+            unknown kind or for one with other arguments.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "not there"
+        raise FileNotFoundError(
+            f"prompts with checks must be in a JSONL file, got {path}, which is {found}; "
+            "name one file with heldout_prompts"
+        )
     items = [
-        _item(line, where=f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
+        _item(Record(where=f"{path}:{number}", default_id=f"{path}:{number}", content=line))
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
         if line.strip()
     ]
     if not items:
@@ -111,25 +119,30 @@ def markdown_table(results: Mapping[str, PairedResult]) -> str:
     return "\n".join(lines)
 
 
-def _item(line: str, *, where: str) -> VerifiableItem:
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} must be a JSON object; got {line[:60]!r} ({error})") from error
-    missing = [name for name in _FIELDS if name not in record]
+def _item(record: Record) -> VerifiableItem:
+    raw = decode(record)
+    missing = [name for name in _FIELDS if name not in raw.values]
     if missing:
-        raise ValueError(f"{where} must have the fields {list(_FIELDS)}; it lacks {missing}")
-    checks = tuple(Check(kind=check["kind"], args=check["args"]) for check in record["checks"])
-    unknown = [check.kind for check in checks if check.kind not in KINDS]
-    if unknown or not checks:
-        raise ValueError(
-            f"{where}: checks must name at least one kind, all of {sorted(KINDS)}; "
-            f"got {unknown or 'none'}; make the file again with this version"
-        )
+        raise ValueError(f"{raw.where} must have the fields {list(_FIELDS)}; it lacks {missing}")
+    checks = tuple(_check(entry) for entry in raw.entries("checks"))
+    if not checks:
+        raise ValueError(f"{raw.where}: checks must hold at least one, got none")
     return VerifiableItem(
-        item_id=record["id"],
-        prompt=record["prompt"],
-        topic=record["topic"],
+        item_id=raw.row_id,
+        prompt=raw.text("prompt"),
+        topic=raw.text("topic"),
         checks=checks,
-        unseen_kind=record["unseen_kind"],
+        unseen_kind=raw.optional_flag("unseen_kind", default=False),
     )
+
+
+def _check(entry: RawRow) -> Check:
+    kind = entry.text("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{entry.where}: kind must be one of {sorted(KINDS)}, got {kind!r}")
+    check = Check(kind=kind, args=cast("Mapping[str, Arg]", entry.entry("args").values))
+    try:
+        require_args(check)
+    except ValueError as error:
+        raise ValueError(f"{entry.where}: {error}") from error
+    return check
