@@ -177,5 +177,5 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 @pytest.mark.parametrize("name", ["sawtooth", "reduce_lr_on_plateau", "warmup_stable_decay"])
 def test_a_schedule_that_cannot_be_served_is_named(name: str) -> None:
     optim = dataclasses.replace(CONFIG.optim, lr_scheduler_type=name)
-    with pytest.raises(ValueError, match=r"lr_scheduler_type must be .*got '" + name"):
+    with pytest.raises(ValueError, match=f"lr_scheduler_type must.*got '{name}'"):
         build_schedule(engine_of().optimizer, optim, 10)
