@@ -32,7 +32,7 @@ FLOAT32_UNITS = 64
 # A normal error exceeds four root-mean-squares in one of 16,000 cases.
 TAIL = 4
 # What the packing check costs: 4 groups of at most 4 candidates give the 16 errors that the mean
-# square is taken over, and 4096 tokens in plain forwards are less than a step of training.
+# square is taken over; 4096 tokens in plain forwards take about as long as a step of training.
 CHECKED_GROUPS, CANDIDATES_PER_GROUP, TOKENS_PER_GROUP = 4, 4, 1024
 # A slab of float64 logits is 64 MiB at a vocabulary of 131,072.
 ROWS_PER_SLAB = 64
