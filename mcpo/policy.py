@@ -93,7 +93,8 @@ class Policy(nn.Module):
         autocast_dtype: dtype of the matrix products, or None for that of the weights.
 
     Raises:
-        ValueError: the model has no linear output projection to fuse.
+        ValueError: the model has no linear output projection to fuse, or attention of its own that
+            cannot be set.
     """
 
     def __init__(
@@ -107,11 +108,18 @@ class Policy(nn.Module):
                 "the model must end in a linear output projection to be scored, got "
                 f"{type(projection).__name__} in {type(model).__name__}"
             )
-        # There is no public name for the implementation that transformers chose.
-        self.plain_attention: str = getattr(model.config, "_attn_implementation", None) or "eager"
+        self.plain_attention = _attention_of(model) or "eager"
+        model.set_attn_implementation(ATTENTION_NAME)
+        if _attention_of(model) != ATTENTION_NAME:
+            # transformers only logs a warning, and the model would ignore the packed layout.
+            raise ValueError(
+                "the model's attention must go through transformers' AttentionInterface to be "
+                f"packed, and that of {type(model).__name__} stayed {_attention_of(model)!r} when "
+                f"set to {ATTENTION_NAME!r}; use a model whose attention can be set, such as "
+                "Llama, Qwen, Gemma or Phi"
+            )
         scaling = HeadScaling.of(model.config)
         model.set_output_embeddings(ScoringHead(projection, scaling, head_impl))
-        model.set_attn_implementation(ATTENTION_NAME)
         disable_dropout(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
@@ -162,6 +170,12 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def _attention_of(model: PreTrainedModel) -> str | None:
+    """The attention of the layers that read text; of a multimodal model others may differ."""
+    # There is no public name for it.
+    return getattr(model.config.get_text_config(), "_attn_implementation", None)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
