@@ -12,6 +12,7 @@ from rich.console import Console
 from mcpo import reference_cache
 from mcpo.config import Config
 from mcpo.engine import Engine
+from mcpo.losses import dpo, loss_named
 from mcpo.pack import move, pack, split_by_budget
 from mcpo.policy import group_logps
 from mcpo.prepare import Groups
@@ -103,13 +104,21 @@ def _self_check(
     console: Console,
 ) -> None:
     share = config.model.prefix_sharing
-    rounding = check_packing(engine.policy, groups.train[0], share_prefix=share)
+    rounding = check_packing(engine.policy, groups.train, share_prefix=share)
     checked = packed_batches(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
+    loss = loss_named(config.loss.loss_type)
     gap = check_reference(
-        engine.policy, checked, references, beta=config.loss.beta, rounding=rounding
+        engine.policy,
+        checked,
+        references,
+        beta=config.loss.beta,
+        rounding=rounding,
+        # dpo is a mean over pairs: it contrasts one negative at a time.
+        num_negatives=1 if loss is dpo else config.kernel.num_negatives,
+        loss=lambda scored: loss(scored, config.loss),
     )
     console.print(
-        f"self-check passed: packed equals plain to {rounding:.1e} nats per root of a token, "
-        f"policy equals reference to {gap:.1e} nats",
+        f"self-check passed: packed equals plain but for rounding, {rounding:.1e} nats per root of "
+        f"a token; policy equals reference to {gap:.1e} nats",
         soft_wrap=True,
     )
