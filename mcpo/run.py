@@ -38,6 +38,7 @@ from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.self_check import check_packing, check_reference
 from mcpo.summary import finish
+from mcpo_kernels import resolve
 
 # The check of the reference looks at this many groups: enough to meet every kind of row, cheap
 # beside a step.
@@ -131,7 +132,8 @@ def _references(engine: Engine, groups: Groups, config: Config, console: Console
         },
         "device": engine.device.type,
         "prefix_sharing": share,
-        "head_impl": config.model.head_impl,
+        # The one that runs: "auto" may be another after an installation.
+        "head_impl": resolve(config.model.head_impl, engine.device, torch.float32).impl.value,
         "reduction": "sum",
     }
     root = config.run.reference_cache_dir
