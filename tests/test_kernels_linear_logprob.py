@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FUSED
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
 from mcpo_kernels.linear_logprob import chunked
 from mcpo_kernels.testing import SHAPES, Shape, assert_within_budget, evaluate, make_inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", *FUSED)
 ALIGNED, RAGGED, *_ = SHAPES
 NO_TOKENS = SHAPES[3]
 SLABS = SHAPES[6]
@@ -52,14 +53,16 @@ def test_value_and_gradients_within_budget(impl, dtype, shape, head):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_huge_logits_within_budget(dtype, sign):
-    assert_within_budget("chunked", make_inputs(RAGGED, dtype, peak=sign * 1e4))
+@pytest.mark.parametrize("impl", FUSED)
+def test_huge_logits_within_budget(impl, dtype, sign):
+    assert_within_budget(impl, make_inputs(RAGGED, dtype, peak=sign * 1e4))
 
 
-def test_every_target_the_same():
+@pytest.mark.parametrize("impl", FUSED)
+def test_every_target_the_same(impl):
     case = make_inputs(ALIGNED, torch.float32)
     case.targets.fill_(7)
-    assert_within_budget("chunked", case)
+    assert_within_budget(impl, case)
 
 
 def test_budget_refuses_rounded_logits(monkeypatch):
@@ -77,13 +80,14 @@ def test_budget_refuses_a_wrong_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
-def test_every_subset_of_gradients(needs):
+@pytest.mark.parametrize("impl", FUSED)
+def test_every_subset_of_gradients(impl, needs):
     case = make_inputs(Shape(9, 6, 11), torch.float64, bias=True)
     expected = evaluate("reference", case)[1:]
     leaves = [case.hidden.clone(), case.weight.clone(), case.bias.clone()]
     for leaf, need in zip(leaves, needs, strict=True):
         leaf.requires_grad_(need)
-    logp = linear_logprob(leaves[0], leaves[1], case.targets, bias=leaves[2], impl="chunked")
+    logp = linear_logprob(leaves[0], leaves[1], case.targets, bias=leaves[2], impl=impl)
     assert logp.requires_grad == any(needs)
     if any(needs):
         logp.backward(case.grad)
@@ -121,12 +125,13 @@ def test_rows_without_gradient_reach_no_gemm_of_the_backward(gemms):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_poisoned_rows_without_gradient_do_not_spread(dtype):
+@pytest.mark.parametrize("impl", FUSED)
+def test_poisoned_rows_without_gradient_do_not_spread(impl, dtype):
     case = make_inputs(RAGGED, dtype, bias=True)
-    clean = evaluate("chunked", case)
+    clean = evaluate(impl, case)
     poisoned_rows = case.grad == 0
     case.hidden[poisoned_rows] = torch.nan
-    poisoned = evaluate("chunked", case)
+    poisoned = evaluate(impl, case)
     assert poisoned.logp[poisoned_rows].isnan().all()
     assert torch.equal(poisoned.logp[~poisoned_rows], clean.logp[~poisoned_rows])
     for ours, expected in zip(poisoned[1:], clean[1:], strict=True):
@@ -151,44 +156,52 @@ def test_nan_in_nan_out(impl):
     assert linear_logprob(case.hidden, case.weight, case.targets, impl=impl).isnan().all()
 
 
-def test_bias_of_minus_infinity_bans_a_whole_slab():
+@pytest.mark.parametrize("impl", FUSED)
+def test_bias_of_minus_infinity_bans_a_whole_slab(impl):
     case = make_inputs(SLABS, torch.float64, bias=True)
     case.bias[:2000] = -torch.inf
     case.targets.clamp_(min=2000)
-    ours, exact = evaluate("chunked", case), evaluate("reference", case)
+    ours, exact = evaluate(impl, case), evaluate("reference", case)
     for actual, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize("impl", FUSED)
+def test_strided_inputs(impl):
     case = make_inputs(RAGGED, torch.float32)
-    plain = linear_logprob(case.hidden, case.weight, case.targets)
+    plain = linear_logprob(case.hidden, case.weight, case.targets, impl=impl)
     strided = case.hidden.repeat_interleave(2, 1)[:, ::2]
-    assert torch.equal(linear_logprob(strided, case.weight, case.targets), plain)
-    turned = linear_logprob(case.hidden, case.weight.T.clone().T, case.targets)
+    assert torch.equal(linear_logprob(strided, case.weight, case.targets, impl=impl), plain)
+    turned = linear_logprob(case.hidden, case.weight.T.clone().T, case.targets, impl=impl)
     torch.testing.assert_close(turned, plain, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scoring_and_training_are_the_same_bits_every_time(dtype):
+@pytest.mark.parametrize("impl", FUSED)
+def test_scoring_and_training_are_the_same_bits_every_time(impl, dtype):
     case = make_inputs(SLABS, dtype)
-    trained = evaluate("chunked", case)
+    trained = evaluate(impl, case)
     with torch.no_grad():
-        scored = linear_logprob(case.hidden, case.weight, case.targets, impl="chunked")
+        scored = linear_logprob(case.hidden, case.weight, case.targets, impl=impl)
     assert torch.equal(scored, trained.logp)
-    for first, second in zip(trained, evaluate("chunked", case), strict=True):
+    for first, second in zip(trained, evaluate(impl, case), strict=True):
         assert first is None or torch.equal(first, second)
 
 
 @pytest.mark.parametrize("num_vocab", [1, 2, 20, 101, 2049, 4099])
 @pytest.mark.parametrize("num_hidden", [7, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_of_a_row_depend_on_nothing_but_the_row(dtype, num_hidden, num_vocab, monkeypatch):
+@pytest.mark.parametrize("impl", FUSED)
+def test_bits_of_a_row_depend_on_nothing_but_the_row(
+    impl, dtype, num_hidden, num_vocab, monkeypatch
+):
     case = make_inputs(Shape(301, num_hidden, num_vocab), dtype, bias=True)
     everything = torch.arange(301)
 
     def score(rows):
-        return linear_logprob(case.hidden[rows], case.weight, case.targets[rows], bias=case.bias)
+        return linear_logprob(
+            case.hidden[rows], case.weight, case.targets[rows], bias=case.bias, impl=impl
+        )
 
     together = score(everything)
     for rows in (everything[:1], everything[3:4], everything[5:22], everything.flip(0)):
@@ -205,13 +218,22 @@ def test_logits_stay_within_the_stated_budget(gemms):
     assert sum(cells) == 1504 * 5000
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("impl", FUSED)
+def test_gradcheck(impl):
     case = make_inputs(Shape(7, 5, 11), torch.float64, bias=True)
     seq_ids = torch.tensor([0, 0, 1, 1, 3, 3, 3])
 
     def summed(hidden, weight, bias):
         return sequence_logprobs(
-            hidden, weight, case.targets, seq_ids, 5, bias=bias, softcap=4.0, scale=0.7
+            hidden,
+            weight,
+            case.targets,
+            seq_ids,
+            5,
+            bias=bias,
+            softcap=4.0,
+            scale=0.7,
+            impl=impl,
         )
 
     leaves = [leaf.requires_grad_() for leaf in (case.hidden, case.weight, case.bias)]

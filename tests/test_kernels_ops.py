@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FUSED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
@@ -22,21 +23,23 @@ def leaves(dtype=torch.float64, *, bias=True):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_of_the_forward(dtype, bias, softcap):
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck_of_the_forward(impl, dtype, bias, softcap):
     _, case = leaves(dtype, bias=bias)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    arguments = (hidden, weight, case.targets, case.bias, softcap, 0.7, "chunked")
+    arguments = (hidden, weight, case.targets, case.bias, softcap, 0.7, impl)
     torch.library.opcheck(torch.ops.mcpo.linear_logprob.default, arguments)
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
-def test_opcheck_of_the_backward(needs):
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck_of_the_backward(impl, needs):
     _, case = leaves()
     logp, lse = ops.linear_logprob(
-        case.hidden, case.weight, case.targets, case.bias, 4.0, 0.7, "chunked"
+        case.hidden, case.weight, case.targets, case.bias, 4.0, 0.7, impl
     )
     saved = (case.hidden, case.weight, case.targets, case.bias, logp, lse)
-    arguments = (case.grad, *saved, 4.0, 0.7, needs, "chunked")
+    arguments = (case.grad, *saved, 4.0, 0.7, needs, impl)
     torch.library.opcheck(torch.ops.mcpo.linear_logprob_backward.default, arguments)
 
 
@@ -45,12 +48,11 @@ def test_opcheck_of_the_segment_sum():
     torch.library.opcheck(torch.ops.mcpo.segment_sum.default, (values, SEQ_IDS, 5))
 
 
-def test_lse_is_that_of_the_logits_and_not_differentiable():
+@pytest.mark.parametrize("impl", FUSED)
+def test_lse_is_that_of_the_logits_and_not_differentiable(impl):
     _, case = leaves()
     hidden = case.hidden.requires_grad_()
-    logp, lse = ops.linear_logprob(
-        hidden, case.weight, case.targets, case.bias, None, 1.0, "chunked"
-    )
+    logp, lse = ops.linear_logprob(hidden, case.weight, case.targets, case.bias, None, 1.0, impl)
     logits = hidden @ case.weight.T + case.bias
     torch.testing.assert_close(lse, logits.logsumexp(1).detach(), rtol=1e-14, atol=1e-14)
     assert logp.requires_grad
@@ -61,13 +63,15 @@ def test_lse_is_that_of_the_logits_and_not_differentiable():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compile_traces_forward_and_backward_whole(dtype, frozen_head):
+@pytest.mark.parametrize("impl", ["auto", *FUSED])
+def test_compile_traces_forward_and_backward_whole(impl, dtype, frozen_head):
+    head = {"softcap": 4.0, "scale": 0.7, "impl": impl}
+
     def loss(hidden, weight, bias, targets):
-        sums = sequence_logprobs(
-            hidden * 2, weight, targets, SEQ_IDS, 5, bias=bias, softcap=4.0, scale=0.7
-        )
+        sums = sequence_logprobs(hidden * 2, weight, targets, SEQ_IDS, 5, bias=bias, **head)
         return (sums * sums).sum()
 
+    torch.compiler.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     results = []
     for function in (loss, compiled):
@@ -94,20 +98,22 @@ def test_fake_tensors_flow_through():
     assert weight.grad.dtype == torch.bfloat16
 
 
-def test_a_graph_can_be_kept():
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_graph_can_be_kept(impl):
     (hidden, *_), case = leaves()
     hidden.requires_grad_()
-    total = linear_logprob(hidden, case.weight, case.targets).sum()
+    total = linear_logprob(hidden, case.weight, case.targets, impl=impl).sum()
     total.backward(retain_graph=True)
     once = hidden.grad.clone()
     total.backward()
     assert torch.equal(hidden.grad, 2 * once)
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("impl", FUSED)
+def test_second_derivative_is_refused(impl):
     (hidden, *_), case = leaves()
     hidden.requires_grad_()
-    total = linear_logprob(hidden, case.weight, case.targets, impl="chunked").sum()
+    total = linear_logprob(hidden, case.weight, case.targets, impl=impl).sum()
     (first,) = torch.autograd.grad(total, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once; use impl='reference'"):
         first.sum().backward()
@@ -122,11 +128,8 @@ def test_second_derivative_of_the_reference():
     assert torch.autograd.gradgradcheck(score, case.hidden.requires_grad_())
 
 
-@pytest.mark.parametrize(
-    # A backward under autocast rounds what autograd does by itself, as in the reference.
-    ("impl", "backward_too"),
-    [("reference", False), ("chunked", False), ("chunked", True)],
-)
+@pytest.mark.parametrize("backward_too", [False, True])
+@pytest.mark.parametrize("impl", FUSED)
 def test_autocast_does_not_round_the_logits(impl, backward_too):
     def results(forward_autocast, backward_autocast):
         tensors, case = leaves(torch.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FUSED
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
 
@@ -86,7 +87,7 @@ BAD_SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_are_explained(impl, changes, error, message):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "impl": impl} | changes

@@ -186,7 +186,8 @@ def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_pat
     expected = read_metrics(one["output_dir"] / "metrics.jsonl")
     got = read_metrics(two["output_dir"] / "metrics.jsonl")
     for mine, theirs in zip(got, expected, strict=True):
-        for name in ("loss", "grad_norm", "mc/drawn_rank", "num_tokens", "rewards/margins"):
+        # Not mc/drawn_rank: before the first update the scores tie but for rounding.
+        for name in ("loss", "grad_norm", "mc/ess", "num_tokens", "rewards/margins"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
         assert got[-1][name] == pytest.approx(expected[-1][name], rel=1e-3, abs=1e-4), name

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from mcpo_kernels.impl import Impl
-from mcpo_kernels.linear_logprob import chunked, validate
+from mcpo_kernels.linear_logprob import chunked, cpu, validate
 from mcpo_kernels.linear_logprob.head import Head, Needs, Saved, accumulation_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Those that leave autograd to the ops of this file.
+IMPLEMENTATIONS = {Impl.CHUNKED.value: chunked, Impl.CPU.value: cpu}
 
 
 @torch.library.custom_op("mcpo::linear_logprob", mutates_args=())
@@ -30,9 +33,8 @@ def linear_logprob(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [N], lse [N]); lse is what backward reuses and is not differentiable."""
-    assert impl == Impl.CHUNKED.value, impl
     validate.check_targets(targets, weight.shape[0])
-    return chunked.forward(hidden, targets, Head(weight, bias, softcap, scale))
+    return IMPLEMENTATIONS[impl].forward(hidden, targets, Head(weight, bias, softcap, scale))
 
 
 # The schema of an op is flat, so its arguments cannot be bundled.
@@ -51,9 +53,8 @@ def linear_logprob_backward(  # noqa: PLR0913
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dhidden, dweight, dbias), an empty tensor where ``needs`` is False."""
-    assert impl == Impl.CHUNKED.value, impl
     head, saved = Head(weight, bias, softcap, scale), Saved(hidden, targets, logp, lse)
-    gradients = chunked.backward(grad, saved, head, Needs(*needs))
+    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, Needs(*needs))
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return dhidden, dweight, dbias
 

@@ -1,0 +1,202 @@
+// The ops as torch sees them: checks, types, and the choice of products.
+#include <Python.h>
+#include <torch/library.h>
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "head.h"
+#include "vector.h"
+
+namespace mcpo {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Whether oneDNN multiplies this type here; it says so by refusing.
+template <class Op>
+bool has_product() {
+  static const bool found = [] {
+    std::vector<Op> a(32 * 32, Op(1)), b(32 * 32, Op(1));
+    std::vector<float> c(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a.data(), b.data(), c.data(),
+                                  sizeof(Op) == 2);
+      at::native::cpublas::brgemm_release(sizeof(Op) == 2);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return c[0] == 32.0f && c[32 * 32 - 1] == 32.0f;
+  }();
+  return found;
+}
+
+std::string capability() {
+  const std::string bf16 = has_product<at::BFloat16>() ? "native bf16" : "bf16 as float32";
+  const std::string fp32 = has_product<float>() ? "oneDNN" : "portable";
+  return std::string(vector().name) + " loops, " + fp32 + " products, " + bf16;
+}
+
+void check(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+           const OptionalTensor& bias) {
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
+                  weight.numel() > 0,
+              "hidden must be [N, D] and weight [V, D], got ", hidden.sizes(), " and ",
+              weight.sizes());
+  TORCH_CHECK(targets.dim() == 1 && targets.size(0) == hidden.size(0) &&
+                  targets.scalar_type() == at::kLong,
+              "targets must be [N] int64, got ", targets.sizes(), " ", targets.scalar_type());
+  TORCH_CHECK(weight.scalar_type() == hidden.scalar_type() &&
+                  (!bias || bias->scalar_type() == hidden.scalar_type()),
+              "weight and bias must have the dtype of hidden, got ", weight.scalar_type());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+              "bias must be [V], got ", bias->sizes());
+}
+
+// The arguments with contiguous rows, and what points into them.
+template <class In, class Acc>
+struct Inputs {
+  Inputs(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& targets_in,
+         const OptionalTensor& bias_in, std::optional<double> softcap, double scale)
+      : hidden(with_rows(hidden_in)), weight(with_rows(weight_in)), targets(targets_in.contiguous()) {
+    if (bias_in)
+      // Tiles read whole panels.
+      bias = at::constant_pad_nd(bias_in->to(c10::CppTypeToScalarType<Acc>::value),
+                                 {0, kColumns}, 0);
+    problem = {hidden.const_data_ptr<In>(),
+               hidden.stride(0),
+               weight.const_data_ptr<In>(),
+               weight.stride(0),
+               targets.const_data_ptr<int64_t>(),
+               hidden.size(0),
+               hidden.size(1),
+               weight.size(0),
+               {bias_in ? bias.const_data_ptr<Acc>() : nullptr, static_cast<Acc>(softcap.value_or(0)),
+                static_cast<Acc>(scale)}};
+  }
+
+  static Tensor with_rows(const Tensor& tensor) {
+    return tensor.stride(1) == 1 ? tensor : tensor.contiguous();
+  }
+
+  Tensor hidden, weight, targets, bias;
+  Problem<In, Acc> problem;
+};
+
+// Calls run(In, Op, Acc, portable) with values of the types that fit.
+template <class Run>
+void choose(at::ScalarType dtype, bool portable, const Run& run) {
+  const bool plain = portable || !has_product<float>();
+  if (dtype == at::kDouble)
+    run(double(), double(), double(), true);
+  else if (dtype == at::kFloat)
+    run(float(), float(), float(), plain);
+  else if (dtype == at::kHalf)
+    run(at::Half(), float(), float(), plain);
+  else if (portable || !has_product<at::BFloat16>())
+    run(at::BFloat16(), float(), float(), plain);
+  else
+    run(at::BFloat16(), at::BFloat16(), float(), false);
+}
+
+bool known(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf ||
+         dtype == at::kBFloat16;
+}
+
+std::tuple<Tensor, Tensor> forward_op(const Tensor& hidden, const Tensor& weight,
+                                      const Tensor& targets, const OptionalTensor& bias,
+                                      std::optional<double> softcap, double scale, bool portable) {
+  check(hidden, weight, targets, bias);
+  TORCH_CHECK(known(hidden.scalar_type()), "no kernel for ", hidden.scalar_type());
+  const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor logp = at::empty({hidden.size(0)}, dtype), lse = at::empty_like(logp);
+  if (hidden.size(0) == 0) return {logp, lse};
+  choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
+    using In = decltype(in);
+    using Acc = decltype(acc);
+    const Inputs<In, Acc> inputs(hidden, weight, targets, bias, softcap, scale);
+    forward<In, decltype(op), Acc>(inputs.problem, logp.data_ptr<Acc>(), lse.data_ptr<Acc>(),
+                                   plain);
+  });
+  return {logp, lse};
+}
+
+// An empty tensor stands for a gradient that is not needed.
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& hidden,
+                                               const Tensor& weight, const Tensor& targets,
+                                               const OptionalTensor& bias, const Tensor& logp,
+                                               const Tensor& lse, std::optional<double> softcap,
+                                               double scale, bool needs_hidden, bool needs_weight,
+                                               bool needs_bias, bool portable) {
+  check(hidden, weight, targets, bias);
+  TORCH_CHECK(known(hidden.scalar_type()), "no kernel for ", hidden.scalar_type());
+  const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Tensor& each : {grad, logp, lse})
+    TORCH_CHECK(each.sizes() == targets.sizes() && each.scalar_type() == dtype,
+                "grad, logp and lse must be [N] ", dtype, ", got ", each.sizes(), " ",
+                each.scalar_type());
+  const Tensor row = grad.nonzero().squeeze(1);
+  const bool none = row.numel() == 0;
+  const auto options = hidden.options();
+  Tensor dhidden = needs_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);
+  Tensor dweight = at::empty({0}, options), dbias = at::empty({0}, options);
+  if (needs_weight)
+    dweight = none ? at::zeros(weight.sizes(), options) : at::empty(weight.sizes(), options);
+  use_large_pages(dweight);
+  if (needs_bias && bias) dbias = at::zeros(bias->sizes(), options);
+  if (none || !(needs_hidden || needs_weight || (needs_bias && bias)))
+    return {dhidden, dweight, dbias};
+
+  const Tensor grads = grad.contiguous(), logps = logp.contiguous(), lses = lse.contiguous();
+  choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
+    using In = decltype(in);
+    using Acc = decltype(acc);
+    const Inputs<In, Acc> inputs(hidden, weight, targets, bias, softcap, scale);
+    const Upstream<In, Acc> upstream{row.const_data_ptr<int64_t>(),
+                                     row.numel(),
+                                     grads.const_data_ptr<Acc>(),
+                                     logps.const_data_ptr<Acc>(),
+                                     lses.const_data_ptr<Acc>(),
+                                     needs_hidden ? dhidden.data_ptr<In>() : nullptr,
+                                     needs_weight ? dweight.data_ptr<In>() : nullptr,
+                                     needs_bias && bias ? dbias.data_ptr<In>() : nullptr};
+    backward<In, decltype(op), Acc>(inputs.problem, upstream, plain);
+  });
+  return {dhidden, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(mcpo_cpu, library) {
+  library.def("capability() -> str", &capability);
+  library.def(
+      "forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
+      "float scale, bool portable) -> (Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor logp, Tensor lse, float? softcap, float scale, bool needs_hidden, "
+      "bool needs_weight, bool needs_bias, bool portable) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(mcpo_cpu, CPU, library) {
+  library.impl("forward", &forward_op);
+  library.impl("backward", &backward_op);
+}
+
+}  // namespace mcpo
+
+// Importing the module registers the ops; it has no other contents.
+extern "C" PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                   nullptr,               nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
