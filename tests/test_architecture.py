@@ -295,3 +295,20 @@ def test_no_machine_paths_and_nothing_left_for_later(path: Path) -> None:
 def test_documents_are_ascii(path: Path) -> None:
     odd = sorted(set(re.findall(r"[^\x00-\x7f]", path.read_text())))
     assert odd == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_recorded_run() -> None:
+    """Nobody types a number: each comes from the summary that the run itself wrote."""
+    summary = json.loads((ROOT / "docs" / "default_run" / "summary.json").read_text())
+    measured = (ROOT / "README.md").read_text().partition("**Measured:**")[2].partition("```")[0]
+    words = " ".join(measured.split())
+    for figure in (
+        f"from {summary['heldout_pass_before']:.1%} to {summary['heldout_pass_after']:.1%}",
+        f"of {summary['heldout_n']} held-out",
+        f"p = {summary['heldout_p_value']:.1g}",
+        f"{summary['preference_accuracy']:.1%} of the held-out rejected",
+        f"in {summary['wall_s'] / 60:.0f} minutes",
+        f"commit {summary['commit']}",
+        f"{summary['heldout_tokens_before']:.0f} to {summary['heldout_tokens_after']:.0f} tokens",
+    ):
+        assert figure in words, figure
