@@ -22,7 +22,7 @@ constexpr int64_t kRows = 128;
 constexpr int64_t kColumns = 64;
 // Columns of the vocabulary between two looks of the backward at dhidden: the more, the fewer.
 template <class Op>
-constexpr int64_t kSlab = sizeof(Op) == 2 ? 1024 : 512;
+constexpr int64_t kSlab = sizeof(Op) == 2 ? 1024 : 384;
 // Columns of the hidden size, and tokens, that one product of the backward takes; rows of dweight.
 constexpr int64_t kHidden = 64;
 constexpr int64_t kTokens = 512;
