@@ -1,8 +1,9 @@
 // Forward. The vocabulary is cut into kParts parts, by V alone. A part is walked in panels of
 // kColumns columns, packed once; over each panel walk all rows, in tiles of kRows. A tile of
 // logits leaves the accumulator in float32, is folded into the running maximum and sum of its
-// rows, and is overwritten. Parts are merged in ascending order at the end, so neither the number
-// of threads nor the other rows change a bit of a row.
+// rows, and is overwritten, or kept if the cache has room for its panel. Parts are merged in
+// ascending order at the end, so neither the number of threads nor the other rows change a bit of
+// a row.
 #include "tiles.h"
 
 namespace mcpo {
@@ -24,14 +25,16 @@ struct Partial {
 
 template <class In, class Acc>
 void fold_tile(const Problem<In, Acc>& problem, Acc* tile, int64_t first_row, int64_t rows,
-               int64_t first_column, int64_t width, Acc* maximum, Acc* sum, Acc* target) {
+               int64_t first_column, int64_t width, Acc* maximum, Acc* sum, Acc* target,
+               Acc* panel_lse, int64_t panel_lse_stride) {
   const Acc* bias = problem.head.bias ? problem.head.bias + first_column : nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     Acc* z = tile + r * kColumns;
     finish(z, bias, kColumns, problem.head);
     if (width < kColumns)
       std::fill(z + width, z + kColumns, -std::numeric_limits<Acc>::infinity());
-    fold(z, kColumns, maximum + r, sum + r);
+    const Acc added = fold(z, kColumns, maximum + r, sum + r);
+    if (panel_lse) panel_lse[r * panel_lse_stride] = maximum[r] + std::log(added);
     const int64_t place = problem.target[first_row + r] - first_column;
     if (place >= 0 && place < width) target[r] = z[place];
   }
@@ -60,7 +63,8 @@ void merge(const Partial<Acc>& partial, int64_t num_parts, int64_t num_tokens, A
 }  // namespace
 
 template <class In, class Op, class Acc>
-void forward(const Problem<In, Acc>& problem, Acc* logp, Acc* lse, bool portable) {
+void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp, Acc* lse,
+             bool portable) {
   const int64_t num_tokens = problem.num_tokens, num_hidden = problem.num_hidden;
   const int64_t inner = round_up(num_hidden, kInner<Op>), stride = round_up(inner, 32) + 32;
   const int64_t padded = round_up(num_tokens, kRowMultiple);
@@ -88,11 +92,17 @@ void forward(const Problem<In, Acc>& problem, Acc* logp, Acc* lse, bool portable
                       num_hidden, panel, scratches.data + thread * 16 * inner);
       for (int64_t t = num_tiles * group / groups; t < num_tiles * (group + 1) / groups; ++t) {
         const int64_t row = t * kRows, place = part * num_tokens + row;
+        const int64_t rows = std::min(kRows, num_tokens - row);
+        Acc* kept = p < cache.num_panels ? cache.logits + (p * num_tokens + row) * kColumns : nullptr;
+        // The products of a last tile are padded, and would reach beyond the rows of the cache.
+        const bool in_place = kept && rows == kRows;
+        Acc* logits = in_place ? kept : tile;
         product(std::min(kRows, padded - row), kColumns, inner, hidden.data + row * stride, stride,
-                panel, kColumns, tile, kColumns, false);
-        fold_tile(problem, tile, row, std::min(kRows, num_tokens - row), column, width,
-                  partial.maximum.data + place, partial.sum.data + place,
-                  partial.target.data + row);
+                panel, kColumns, logits, kColumns, false);
+        fold_tile(problem, logits, row, rows, column, width, partial.maximum.data + place,
+                  partial.sum.data + place, partial.target.data + row,
+                  cache.panel_lse ? cache.panel_lse + row * num_panels + p : nullptr, num_panels);
+        if (kept && !in_place) std::copy_n(tile, rows * kColumns, kept);
       }
     }
     product.release();
@@ -101,13 +111,15 @@ void forward(const Problem<In, Acc>& problem, Acc* logp, Acc* lse, bool portable
 }
 
 template void forward<at::BFloat16, at::BFloat16, float>(const Problem<at::BFloat16, float>&,
-                                                         float*, float*, bool);
-template void forward<at::BFloat16, float, float>(const Problem<at::BFloat16, float>&, float*,
-                                                  float*, bool);
-template void forward<at::Half, float, float>(const Problem<at::Half, float>&, float*, float*,
-                                              bool);
-template void forward<float, float, float>(const Problem<float, float>&, float*, float*, bool);
-template void forward<double, double, double>(const Problem<double, double>&, double*, double*,
-                                              bool);
+                                                         const Cache<float>&, float*, float*,
+                                                         bool);
+template void forward<at::BFloat16, float, float>(const Problem<at::BFloat16, float>&,
+                                                  const Cache<float>&, float*, float*, bool);
+template void forward<at::Half, float, float>(const Problem<at::Half, float>&, const Cache<float>&,
+                                              float*, float*, bool);
+template void forward<float, float, float>(const Problem<float, float>&, const Cache<float>&,
+                                           float*, float*, bool);
+template void forward<double, double, double>(const Problem<double, double>&,
+                                              const Cache<double>&, double*, double*, bool);
 
 }  // namespace mcpo

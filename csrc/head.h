@@ -52,6 +52,14 @@ struct Problem {
   Head<Acc> head;
 };
 
+// What the forward leaves for the backward if asked. The two know panels of kColumns columns.
+template <class Acc>
+struct Cache {
+  Acc* logits;         // [num_panels, N, kColumns] of the first panels, with bias, scale and cap
+  int64_t num_panels;  // 0 for none
+  Acc* panel_lse;      // [N, panels], the log-sum-exp of each panel alone; null for none
+};
+
 // What the backward is given besides, all for the M kept rows alone.
 template <class In, class Acc>
 struct Upstream {
@@ -60,6 +68,8 @@ struct Upstream {
   const Acc* grad;  // [N]
   const Acc* logp;  // [N]
   const Acc* lse;   // [N]
+  Cache<Acc> cache;
+  Acc filter_mass;  // with panel_lse: how much of a row's softmax may be left out
   In* dhidden;      // [N, D], zero; null where not needed
   In* dweight;      // [V, D]; null where not needed
   In* dbias;        // [V]; null where not needed
@@ -68,7 +78,8 @@ struct Upstream {
 // logp and lse [N]. Op is the type of the operands of the products; `portable` asks for the
 // products of vector.inc instead of oneDNN's.
 template <class In, class Op, class Acc>
-void forward(const Problem<In, Acc>& problem, Acc* logp, Acc* lse, bool portable);
+void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp, Acc* lse,
+             bool portable);
 
 template <class In, class Op, class Acc>
 void backward(const Problem<In, Acc>& problem, const Upstream<In, Acc>& upstream, bool portable);

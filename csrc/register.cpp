@@ -112,31 +112,51 @@ bool known(at::ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
-std::tuple<Tensor, Tensor> forward_op(const Tensor& hidden, const Tensor& weight,
-                                      const Tensor& targets, const OptionalTensor& bias,
-                                      std::optional<double> softcap, double scale, bool portable) {
+// What the forward leaves for the backward, in the tensors of the op. Both may be empty.
+template <class Acc>
+Cache<Acc> cache_of(const Tensor& logits, const Tensor& panel_lse) {
+  return {logits.numel() > 0 ? logits.data_ptr<Acc>() : nullptr,
+          logits.numel() > 0 ? logits.size(0) : 0,
+          panel_lse.numel() > 0 ? panel_lse.data_ptr<Acc>() : nullptr};
+}
+
+// (logp [N], lse [N], logits [cached_panels, N, 64], panel_lse [N, panels or 0])
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, const Tensor& weight,
+                                                      const Tensor& targets,
+                                                      const OptionalTensor& bias,
+                                                      std::optional<double> softcap, double scale,
+                                                      int64_t cached_panels, bool needs_panel_lse,
+                                                      bool portable) {
   check(hidden, weight, targets, bias);
   TORCH_CHECK(known(hidden.scalar_type()), "no kernel for ", hidden.scalar_type());
+  const int64_t num_tokens = hidden.size(0), num_panels = ceil_div(weight.size(0), kColumns);
+  TORCH_CHECK(0 <= cached_panels && cached_panels <= num_panels, "cached_panels must be in [0, ",
+              num_panels, "], got ", cached_panels);
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor logp = at::empty({hidden.size(0)}, dtype), lse = at::empty_like(logp);
-  if (hidden.size(0) == 0) return {logp, lse};
+  Tensor logp = at::empty({num_tokens}, dtype), lse = at::empty_like(logp);
+  Tensor logits = at::empty({cached_panels, num_tokens, kColumns}, dtype);
+  Tensor panel_lse = at::empty({num_tokens, needs_panel_lse ? num_panels : 0}, dtype);
+  if (num_tokens == 0) return {logp, lse, logits, panel_lse};
+  use_large_pages(logits);
   choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
     using In = decltype(in);
     using Acc = decltype(acc);
     const Inputs<In, Acc> inputs(hidden, weight, targets, bias, softcap, scale);
-    forward<In, decltype(op), Acc>(inputs.problem, logp.data_ptr<Acc>(), lse.data_ptr<Acc>(),
-                                   plain);
+    forward<In, decltype(op), Acc>(inputs.problem, cache_of<Acc>(logits, panel_lse),
+                                   logp.data_ptr<Acc>(), lse.data_ptr<Acc>(), plain);
   });
-  return {logp, lse};
+  return {logp, lse, logits, panel_lse};
 }
 
 // An empty tensor stands for a gradient that is not needed.
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& hidden,
                                                const Tensor& weight, const Tensor& targets,
                                                const OptionalTensor& bias, const Tensor& logp,
-                                               const Tensor& lse, std::optional<double> softcap,
-                                               double scale, bool needs_hidden, bool needs_weight,
-                                               bool needs_bias, bool portable) {
+                                               const Tensor& lse, const Tensor& logits,
+                                               const Tensor& panel_lse,
+                                               std::optional<double> softcap, double scale,
+                                               double filter_mass, bool needs_hidden,
+                                               bool needs_weight, bool needs_bias, bool portable) {
   check(hidden, weight, targets, bias);
   TORCH_CHECK(known(hidden.scalar_type()), "no kernel for ", hidden.scalar_type());
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -144,6 +164,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
     TORCH_CHECK(each.sizes() == targets.sizes() && each.scalar_type() == dtype,
                 "grad, logp and lse must be [N] ", dtype, ", got ", each.sizes(), " ",
                 each.scalar_type());
+  const int64_t num_tokens = hidden.size(0), num_panels = ceil_div(weight.size(0), kColumns);
+  TORCH_CHECK(logits.dim() == 3 && logits.size(0) <= num_panels && logits.size(1) == num_tokens &&
+                  logits.size(2) == kColumns && logits.scalar_type() == dtype,
+              "logits must be [panels, N, ", kColumns, "] ", dtype, ", got ", logits.sizes());
+  TORCH_CHECK(panel_lse.dim() == 2 && panel_lse.size(0) == num_tokens &&
+                  (panel_lse.size(1) == 0 || panel_lse.size(1) == num_panels) &&
+                  panel_lse.scalar_type() == dtype,
+              "panel_lse must be [N, 0 or ", num_panels, "] ", dtype, ", got ", panel_lse.sizes());
   const Tensor row = grad.nonzero().squeeze(1);
   const bool none = row.numel() == 0;
   const auto options = hidden.options();
@@ -157,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
     return {dhidden, dweight, dbias};
 
   const Tensor grads = grad.contiguous(), logps = logp.contiguous(), lses = lse.contiguous();
+  const Tensor kept = logits.contiguous(), panel_lses = panel_lse.contiguous();
   choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
     using In = decltype(in);
     using Acc = decltype(acc);
@@ -166,6 +195,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
                                      grads.const_data_ptr<Acc>(),
                                      logps.const_data_ptr<Acc>(),
                                      lses.const_data_ptr<Acc>(),
+                                     cache_of<Acc>(kept, panel_lses),
+                                     static_cast<Acc>(filter_mass),
                                      needs_hidden ? dhidden.data_ptr<In>() : nullptr,
                                      needs_weight ? dweight.data_ptr<In>() : nullptr,
                                      needs_bias && bias ? dbias.data_ptr<In>() : nullptr};
@@ -180,11 +211,13 @@ TORCH_LIBRARY(mcpo_cpu, library) {
   library.def("capability() -> str", &capability);
   library.def(
       "forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
-      "float scale, bool portable) -> (Tensor, Tensor)");
+      "float scale, int cached_panels, bool needs_panel_lse, bool portable) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-      "Tensor logp, Tensor lse, float? softcap, float scale, bool needs_hidden, "
-      "bool needs_weight, bool needs_bias, bool portable) -> (Tensor, Tensor, Tensor)");
+      "Tensor logp, Tensor lse, Tensor logits, Tensor panel_lse, float? softcap, float scale, "
+      "float filter_mass, bool needs_hidden, bool needs_weight, bool needs_bias, bool portable) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(mcpo_cpu, CPU, library) {

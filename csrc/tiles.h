@@ -100,18 +100,22 @@ void pack_transposed(const In* weight, int64_t stride, int64_t width, int64_t in
   }
 }
 
-// Panel [inner_padded, kHidden] of `columns` columns of rows [inner]; zeros outside.
-// `scratch` holds two rows of kHidden in the type of the operands.
-template <class In, class Op>
-void pack_rows(const In* from, int64_t stride, int64_t inner, int64_t inner_padded,
-               int64_t columns, Op* panel, Op* scratch) {
+// Panel [inner_padded, kHidden] of `columns` columns of the rows row(0) to row(inner - 1); zeros
+// outside. `scratch` holds two rows of kHidden in the type of the operands.
+template <class Row, class Op>
+void pack_rows(const Row& row, int64_t inner, int64_t inner_padded, int64_t columns, Op* panel,
+               Op* scratch) {
+  const auto copy = [&](int64_t k, Op* to) {
+    if (k < inner)
+      copy_row(row(k), columns, to, kHidden);
+    else
+      std::fill(to, to + kHidden, Op(0));
+  };
   for (int64_t k = 0; k < inner_padded; k += kPair<Op>) {
     if constexpr (kPair<Op> == 1) {
-      copy_row(from + k * stride, k < inner ? columns : 0, panel + k * kHidden, kHidden);
+      copy(k, panel + k * kHidden);
     } else {
-      for (int64_t p = 0; p < 2; ++p)
-        copy_row(from + (k + p) * stride, k + p < inner ? columns : 0, scratch + p * kHidden,
-                 kHidden);
+      for (int64_t p = 0; p < 2; ++p) copy(k + p, scratch + p * kHidden);
       vector().interleave(reinterpret_cast<uint16_t*>(scratch),
                           reinterpret_cast<uint16_t*>(scratch + kHidden),
                           reinterpret_cast<uint32_t*>(panel + k * kHidden), kHidden);
@@ -145,16 +149,20 @@ inline void finish(double* z, const double* bias, int64_t count, const Head<doub
   }
 }
 
-inline void fold(const float* z, int64_t count, float* maximum, float* sum) {
-  vector().fold(z, count, maximum, sum);
+// Returns what it added to the sum.
+inline float fold(const float* z, int64_t count, float* maximum, float* sum) {
+  return vector().fold(z, count, maximum, sum);
 }
 
-inline void fold(const double* z, int64_t count, double* maximum, double* sum) {
+inline double fold(const double* z, int64_t count, double* maximum, double* sum) {
   const double old = *maximum;
   for (int64_t i = 0; i < count; ++i) *maximum = z[i] > *maximum ? z[i] : *maximum;
   const double shift = std::isinf(*maximum) && *maximum < 0 ? 0.0 : *maximum;
   if (*maximum != old) *sum *= std::exp(old - *maximum);
-  for (int64_t i = 0; i < count; ++i) *sum += std::exp(z[i] - shift);
+  double added = 0;
+  for (int64_t i = 0; i < count; ++i) added += std::exp(z[i] - shift);
+  *sum += added;
+  return added;
 }
 
 inline void dlogits(float* z, int64_t count, float lse, float grad, const Head<float>& head) {

@@ -17,8 +17,9 @@ struct Vector {
   void (*round)(const float* from, uint16_t* to, int64_t count);
   // z = softcap(scale * (z + bias)); bias may be null, cap is 0 where there is none.
   void (*finish)(float* z, const float* bias, int64_t count, float scale, float cap);
-  // Folds a row of logits into its running maximum and its running sum of exp(z - maximum).
-  void (*fold)(const float* z, int64_t count, float* maximum, float* sum);
+  // Folds a row of logits into its running maximum and its running sum of exp(z - maximum), and
+  // returns what it added to the sum.
+  float (*fold)(const float* z, int64_t count, float* maximum, float* sum);
   // z = -grad * exp(z - lse) * (1 - (z / cap)^2) * scale
   void (*dlogits)(float* z, int64_t count, float lse, float grad, float scale, float cap);
   // c = a b, or c += a b: a [rows, inner], b [inner, columns], columns any multiple of 16.

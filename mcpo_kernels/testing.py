@@ -125,7 +125,9 @@ def make_inputs(
     return case.to(dtype)
 
 
-def evaluate(impl: Impl | str, case: Case) -> Results:
+def evaluate(
+    impl: Impl | str, case: Case, *, cache_mb: float = 0.0, filter_mass: float = 0.0
+) -> Results:
     """Value and all gradients of a case under an implementation."""
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     bias = None if case.bias is None else case.bias.clone().requires_grad_()
@@ -136,6 +138,8 @@ def evaluate(impl: Impl | str, case: Case) -> Results:
         bias=bias,
         softcap=case.softcap,
         scale=case.scale,
+        cache_mb=cache_mb,
+        filter_mass=filter_mass,
         impl=impl,
     )
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]

@@ -13,12 +13,13 @@ import torch
 
 from mcpo_kernels import linear_logprob
 from mcpo_kernels.linear_logprob import cpu
-from mcpo_kernels.linear_logprob.head import Head, Needs, Saved
+from mcpo_kernels.linear_logprob.head import Allowance, Head, Needs, Saved, empty_kept
 from mcpo_kernels.testing import SHAPES, Shape, assert_within_budget, evaluate, make_inputs
 
 pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason=cpu.REASON)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLAIN = Allowance(cache_mb=0.0, filter_mass=0.0)
 # Several parts and slabs of the vocabulary, several tiles of rows, an odd hidden size.
 LARGE = Shape(301, 131, 5003)
 
@@ -87,10 +88,10 @@ def test_forward_and_backward_do_not_write_to_their_inputs():
 def test_a_frozen_head_gives_the_same_bits_of_the_other_gradient(dtype):
     case = make_inputs(LARGE, dtype)
     head = Head(case.weight, None, None, 1.0)
-    saved = Saved(case.hidden, case.targets, *cpu.forward(case.hidden, case.targets, head))
-    both = cpu.backward(case.grad, saved, head, Needs(True, True, False))
-    hidden_alone = cpu.backward(case.grad, saved, head, Needs(True, False, False))
-    weight_alone = cpu.backward(case.grad, saved, head, Needs(False, True, False))
+    saved = Saved(case.hidden, case.targets, cpu.forward(case.hidden, case.targets, head, PLAIN))
+    both = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
+    hidden_alone = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, False, False))
+    weight_alone = cpu.backward(case.grad, saved, head, PLAIN, Needs(False, True, False))
     assert hidden_alone.weight_VD is None
     assert torch.equal(hidden_alone.hidden_ND, both.hidden_ND)
     assert torch.equal(weight_alone.weight_VD, both.weight_VD)
@@ -122,7 +123,7 @@ def test_a_backward_costs_what_its_rows_cost(tokens, part):
     num_rows = 256 * tokens
     case = make_inputs(Shape(num_rows, 256, 8192), torch.bfloat16)
     head = Head(case.weight, None, None, 1.0)
-    saved = Saved(case.hidden, case.targets, *cpu.forward(case.hidden, case.targets, head))
+    saved = Saved(case.hidden, case.targets, cpu.forward(case.hidden, case.targets, head, PLAIN))
     grad = torch.ones(num_rows)
     some = grad.clone()
     some[256 * part :] = 0.0
@@ -135,7 +136,7 @@ def cpu_seconds(grad: torch.Tensor, saved: Saved, head: Head) -> float:
     taken: list[float] = []
     for _ in range(5):
         began = time.process_time()
-        cpu.backward(grad, saved, head, Needs(True, True, False))
+        cpu.backward(grad, saved, head, PLAIN, Needs(True, True, False))
         taken.append(time.process_time() - began)
     return min(taken)
 
@@ -148,15 +149,15 @@ def test_memory_beyond_the_results_is_bounded():
     case = make_inputs(Shape(1024, 64, 60000), torch.float32)
     case.grad.fill_(1.0)
     head = Head(case.weight, None, None, 1.0)
-    saved = Saved(case.hidden, case.targets, *cpu.forward(case.hidden, case.targets, head))
-    gradients = cpu.backward(case.grad, saved, head, Needs(True, True, False))
+    saved = Saved(case.hidden, case.targets, cpu.forward(case.hidden, case.targets, head, PLAIN))
+    gradients = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
     held = sum(gradient.nbytes for gradient in gradients if gradient is not None)
     del gradients
     # What earlier calls left to the allocator would hide what this one needs.
     ctypes.CDLL(None).malloc_trim(0)
     status.write_text("5")
     before = memory("VmRSS")
-    cpu.backward(case.grad, saved, head, Needs(True, True, False))
+    cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
     assert memory("VmHWM") - before - held < 24 * 2**20
 
 
@@ -183,9 +184,10 @@ def test_the_ops_themselves_check_what_they_would_read(message, changes):
         "target_N": torch.zeros(4, dtype=torch.int64),
         "bias_V": torch.zeros(8),
     } | changes
-    logp, end = torch.zeros(4), (None, 1.0, True, True, True, False)
+    logp, kept = torch.zeros(4), empty_kept(torch.zeros(4, 6))
+    end = (None, 1.0, 0.0, True, True, True, False)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.mcpo_cpu.backward(*arguments.values(), logp, logp, *end)
+        torch.ops.mcpo_cpu.backward(*arguments.values(), logp, logp, *kept, *end)
 
 
 def test_agrees_with_portable_torch():

@@ -27,19 +27,21 @@ def leaves(dtype=torch.float64, *, bias=True):
 def test_opcheck_of_the_forward(impl, dtype, bias, softcap):
     _, case = leaves(dtype, bias=bias)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    arguments = (hidden, weight, case.targets, case.bias, softcap, 0.7, impl)
-    torch.library.opcheck(torch.ops.mcpo.linear_logprob.default, arguments)
+    for cache_mb, filter_mass in ((0.0, 0.0), (1.0, 0.1)):
+        options = (softcap, 0.7, cache_mb, filter_mass, impl)
+        arguments = (hidden, weight, case.targets, case.bias, *options)
+        torch.library.opcheck(torch.ops.mcpo.linear_logprob.default, arguments)
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("impl", FUSED)
 def test_opcheck_of_the_backward(impl, needs):
     _, case = leaves()
-    logp, lse = ops.linear_logprob(
-        case.hidden, case.weight, case.targets, case.bias, 4.0, 0.7, impl
+    scores = ops.linear_logprob(
+        case.hidden, case.weight, case.targets, case.bias, 4.0, 0.7, 1.0, 0.1, impl
     )
-    saved = (case.hidden, case.weight, case.targets, case.bias, logp, lse)
-    arguments = (case.grad, *saved, 4.0, 0.7, needs, impl)
+    saved = (case.hidden, case.weight, case.targets, case.bias, *scores)
+    arguments = (case.grad, *saved, 4.0, 0.7, 0.1, needs, impl)
     torch.library.opcheck(torch.ops.mcpo.linear_logprob_backward.default, arguments)
 
 
@@ -52,7 +54,9 @@ def test_opcheck_of_the_segment_sum():
 def test_lse_is_that_of_the_logits_and_not_differentiable(impl):
     _, case = leaves()
     hidden = case.hidden.requires_grad_()
-    logp, lse = ops.linear_logprob(hidden, case.weight, case.targets, case.bias, None, 1.0, impl)
+    logp, lse, *_ = ops.linear_logprob(
+        hidden, case.weight, case.targets, case.bias, None, 1.0, 0.0, 0.0, impl
+    )
     logits = hidden @ case.weight.T + case.bias
     torch.testing.assert_close(lse, logits.logsumexp(1).detach(), rtol=1e-14, atol=1e-14)
     assert logp.requires_grad
@@ -61,11 +65,12 @@ def test_lse_is_that_of_the_logits_and_not_differentiable(impl):
 
 # What torch itself says of its own backward while AOTAutograd traces it.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("allowance", [{}, {"cache_mb": 1.0, "filter_mass": 0.1}])
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", ["auto", *FUSED])
-def test_compile_traces_forward_and_backward_whole(impl, dtype, frozen_head):
-    head = {"softcap": 4.0, "scale": 0.7, "impl": impl}
+def test_compile_traces_forward_and_backward_whole(impl, dtype, frozen_head, allowance):
+    head = {"softcap": 4.0, "scale": 0.7, "impl": impl} | allowance
 
     def loss(hidden, weight, bias, targets):
         sums = sequence_logprobs(hidden * 2, weight, targets, SEQ_IDS, 5, bias=bias, **head)

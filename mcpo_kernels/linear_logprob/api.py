@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mcpo_kernels.impl import Impl, resolve
 from mcpo_kernels.linear_logprob import ops, reference, validate
 from mcpo_kernels.linear_logprob.head import Head
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def linear_logprob(
+# More arguments than the house limit: each option is a keyword of its own.
+def linear_logprob(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -21,6 +24,8 @@ def linear_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    cache_mb: float = 0.0,
+    filter_mass: float = 0.0,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Log-probability of each row's target under the language-model head.
@@ -28,7 +33,8 @@ def linear_logprob(
     ``log_softmax(softcap(scale * (hidden @ weight.T + bias)))[n, targets[n]]``, ``softcap(z) = c
     * tanh(z / c)``.
 
-    The logits come in float32 straight from the accumulator and are never stored whole. Scoring
+    The logits come in float32 straight from the accumulator and are never stored whole unless
+    ``cache_mb`` allows it. Scoring
     under ``no_grad`` and training run the same forward, so their results are the same bits; on
     the CPU a row's bits do not depend on the other rows either. Rows whose upstream gradient is
     zero cost no backward, and a gradient nobody needs (a frozen head) is not computed.
@@ -42,6 +48,13 @@ def linear_logprob(
         bias: [V] of the head, same dtype and device.
         softcap: c, > 0.
         scale: multiplies the logits before the cap.
+        cache_mb: MiB that a forward may keep for its backward, in logits of the accumulation
+            dtype, so that these are not computed twice; all of them take N * V * 4 bytes. Changes
+            no bit of any result. Only ``cpu`` makes use of it.
+        filter_mass: in [0, 1). If > 0, the backward of a row leaves out the parts of the
+            vocabulary that hold least of its softmax, at most this share of it together; what that
+            changes is bounded in docs/numerics.md. Values do not change. Only ``cpu`` makes use of
+            it.
         impl: see ``Impl``. An explicit choice never falls back.
 
     Returns:
@@ -53,14 +66,19 @@ def linear_logprob(
         RuntimeError: ``impl`` cannot run here.
     """
     validate.check_inputs(hidden, weight, targets, bias, softcap)
+    validate.check_allowance(cache_mb, filter_mass)
     chosen = resolve(impl, hidden.device, hidden.dtype).impl
     if chosen is Impl.REFERENCE:
         validate.check_targets(targets, weight.shape[0])
         return reference.token_logprobs(hidden, targets, Head(weight, bias, softcap, scale))
-    return ops.linear_logprob(hidden, weight, targets, bias, softcap, scale, chosen.value)[0]
+    if not _needs_backward(hidden, weight, bias):
+        cache_mb = filter_mass = 0.0
+    return ops.linear_logprob(
+        hidden, weight, targets, bias, softcap, scale, cache_mb, filter_mass, chosen.value
+    )[0]
 
 
-# One more argument than the house limit: those of linear_logprob and the two that make sequences.
+# Those of linear_logprob and the two that make sequences.
 def sequence_logprobs(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor,
@@ -71,6 +89,8 @@ def sequence_logprobs(  # noqa: PLR0913
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    cache_mb: float = 0.0,
+    filter_mass: float = 0.0,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Sum of ``linear_logprob`` over the rows of each sequence.
@@ -84,6 +104,8 @@ def sequence_logprobs(  # noqa: PLR0913
         bias: as in ``linear_logprob``.
         softcap: as in ``linear_logprob``.
         scale: as in ``linear_logprob``.
+        cache_mb: as in ``linear_logprob``.
+        filter_mass: as in ``linear_logprob``.
         impl: as in ``linear_logprob``.
 
     Returns:
@@ -96,6 +118,20 @@ def sequence_logprobs(  # noqa: PLR0913
     """
     validate.check_segments(hidden, seq_ids, num_seqs)
     logp_N = linear_logprob(
-        hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, impl=impl
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        scale=scale,
+        cache_mb=cache_mb,
+        filter_mass=filter_mass,
+        impl=impl,
     )
     return ops.segment_sum(logp_N, seq_ids, num_seqs)
+
+
+def _needs_backward(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )

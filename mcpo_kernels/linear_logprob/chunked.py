@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
-from mcpo_kernels.linear_logprob.head import Gradients, Head, Needs, Saved, accumulation_dtype
+from mcpo_kernels.linear_logprob.head import (
+    Allowance,
+    Gradients,
+    Head,
+    Needs,
+    Saved,
+    Scores,
+    accumulation_dtype,
+    empty_kept,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +60,16 @@ CPU_TILE = TileShape(width=2048, budget_mib=4)
 DEVICE_TILE = TileShape(width=16384, budget_mib=256)
 
 
+class Kept(NamedTuple):
+    """The rows with gradient."""
+
+    grad_M: Tensor
+    hidden_MD: Tensor
+    target_M: Tensor
+    logp_M: Tensor
+    lse_M: Tensor
+
+
 class SlabGradient(NamedTuple):
     """Where the gradients of one slab of the head go, None where not needed."""
 
@@ -58,8 +77,8 @@ class SlabGradient(NamedTuple):
     bias_W: Tensor | None
 
 
-def forward(hidden_ND: Tensor, target_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(logp [N], lse [N]), lse being the log of the sum of exponentials of all logits of a row."""
+def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Scores:
+    """Log-probabilities; nothing of the allowance is used."""
     num_tokens, device = hidden_ND.shape[0], hidden_ND.device
     dtype = accumulation_dtype(hidden_ND.dtype)
     max_N = torch.full((num_tokens,), -torch.inf, dtype=dtype, device=device)
@@ -77,36 +96,52 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head) -> tuple[Tensor, Te
                 max_N[rows], sum_N[rows] = fold_tile(tile_RW, max_N[rows], sum_N[rows])
     log_sum_N = sum_N.log()
     # Not target_logit - lse: the difference of the large terms first loses nothing.
-    return (target_logit_N - max_N) - log_sum_N, max_N + log_sum_N
+    logp_N, lse_N = (target_logit_N - max_N) - log_sum_N, max_N + log_sum_N
+    return Scores(logp_N, lse_N, *empty_kept(hidden_ND))
 
 
-def backward(grad_N: Tensor, saved: Saved, head: Head, needs: Needs) -> Gradients:
+def kept_panels(
+    num_tokens: int, num_vocab: int, dtype: torch.dtype, allowance: Allowance
+) -> tuple[int, int]:
+    """None of either kind: see ``cpu.kept_panels``."""
+    return 0, 0
+
+
+def backward(
+    grad_N: Tensor, saved: Saved, head: Head, allowance: Allowance, needs: Needs
+) -> Gradients:
     """Gradients from those of logp; rows where ``grad_N`` is zero are left out of every GEMM."""
     # Counting the rows waits for a CUDA device once.
     kept_M = grad_N.nonzero().squeeze(1)
-    kept = Saved(*(tensor[kept_M] for tensor in saved))
+    logp_N, lse_N, *_ = saved.scores
+    kept = Kept(
+        grad_N[kept_M],
+        saved.hidden_ND[kept_M],
+        saved.target_N[kept_M],
+        logp_N[kept_M],
+        lse_N[kept_M],
+    )
     dweight_VD = torch.empty_like(head.weight_VD) if needs.weight else None
     dbias_V = torch.empty_like(head.bias_V) if needs.bias and head.bias_V is not None else None
     with torch.autocast(grad_N.device.type, enabled=False):
-        padded_MD = pad_rows(kept.hidden_ND)
+        padded_MD = pad_rows(kept.hidden_MD)
         dhidden_MD = torch.zeros_like(padded_MD, dtype=grad_N.dtype) if needs.hidden else None
         for columns in vocabulary_slabs(head.weight_VD):
             gradient = SlabGradient(
                 None if dweight_VD is None else dweight_VD[columns],
                 None if dbias_V is None else dbias_V[columns],
             )
-            slab_backward(grad_N[kept_M], kept, padded_MD, head, columns, dhidden_MD, gradient)
+            slab_backward(kept, padded_MD, head, columns, dhidden_MD, gradient)
     if dhidden_MD is None:
         return Gradients(None, dweight_VD, dbias_V)
     dhidden_ND = torch.zeros_like(saved.hidden_ND)
-    num_kept, num_hidden = kept.hidden_ND.shape
+    num_kept, num_hidden = kept.hidden_MD.shape
     dhidden_ND[kept_M] = dhidden_MD[:num_kept, :num_hidden].to(dhidden_ND.dtype)
     return Gradients(dhidden_ND, dweight_VD, dbias_V)
 
 
 def slab_backward(
-    grad_M: Tensor,
-    kept: Saved,
+    kept: Kept,
     padded_MD: Tensor,
     head: Head,
     columns: slice,
@@ -115,11 +150,12 @@ def slab_backward(
 ) -> None:
     """One slab of the vocabulary: added to ``dhidden_MD``, written to ``gradient``."""
     slab_WD, width = pad_slab(head.weight_VD[columns]), columns.stop - columns.start
-    dslab_WD = torch.zeros_like(slab_WD[:width], dtype=grad_M.dtype)
+    num_kept, dtype = kept.grad_M.shape[0], kept.grad_M.dtype
+    dslab_WD = torch.zeros_like(slab_WD[:width], dtype=dtype)
     dbias_W = dslab_WD.new_zeros(width)
-    for rows in row_tiles(grad_M.shape[0], grad_M.dtype, grad_M.device):
+    for rows in row_tiles(num_kept, dtype, slab_WD.device):
         tile_RW = logits_tile(padded_MD, rows, slab_WD, columns, head)
-        tile_RW = dlogits_tile(tile_RW, grad_M, kept, rows, columns, head)
+        tile_RW = dlogits_tile(tile_RW, kept, rows, columns, head)
         if gradient.bias_W is not None:
             dbias_W += tile_RW.sum(0)
         operand_RW = tile_RW.to(slab_WD.dtype)
@@ -142,17 +178,15 @@ def fold_tile(tile_RW: Tensor, max_R: Tensor, sum_R: Tensor) -> tuple[Tensor, Te
     return new_max_R, new_sum_R + sum_R * (max_R - shift_R).exp()
 
 
-def dlogits_tile(
-    tile_RW: Tensor, grad_M: Tensor, kept: Saved, rows: slice, columns: slice, head: Head
-) -> Tensor:
+def dlogits_tile(tile_RW: Tensor, kept: Kept, rows: slice, columns: slice, head: Head) -> Tensor:
     """Gradient of hidden @ weight.T + bias, written over the tile of logits."""
-    grad_R = grad_M[rows]
-    place_R1, inside_R = place_of_target(kept.target_N[rows], columns)
+    grad_R = kept.grad_M[rows]
+    place_R1, inside_R = place_of_target(kept.target_M[rows], columns)
     # d softcap(u) / du = 1 - tanh(u / c)^2
     slope_RW = None if head.softcap is None else 1.0 - (tile_RW / head.softcap).square_()
-    tile_RW.sub_(kept.lse_N[rows][:, None]).exp_().mul_(-grad_R[:, None])
+    tile_RW.sub_(kept.lse_M[rows][:, None]).exp_().mul_(-grad_R[:, None])
     # 1 - p from log p: exact where p is so near 1 that the difference would round to 0.
-    target_R = -grad_R * kept.logp_N[rows].expm1()
+    target_R = -grad_R * kept.logp_M[rows].expm1()
     target_R = torch.where(inside_R, target_R, tile_RW.gather(1, place_R1).squeeze(1))
     tile_RW.scatter_(1, place_R1, target_R[:, None])
     if slope_RW is not None:

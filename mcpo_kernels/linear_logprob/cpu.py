@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mcpo_kernels.linear_logprob.head import Gradients, Head, Needs, Saved
+from mcpo_kernels.linear_logprob.head import (
+    PANEL,
+    Allowance,
+    Gradients,
+    Head,
+    Needs,
+    Saved,
+    Scores,
+    accumulation_dtype,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +45,40 @@ def _load() -> tuple[bool, str]:
 AVAILABLE, REASON = _load()
 
 
-def forward(hidden_ND: Tensor, target_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(logp [N], lse [N]), lse being the log of the sum of exponentials of all logits of a row."""
-    return torch.ops.mcpo_cpu.forward(
-        hidden_ND, head.weight_VD, target_N, head.bias_V, head.softcap, head.scale, PORTABLE
+def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Scores:
+    """Log-probabilities, and what the allowance lets the backward find again."""
+    num_tokens, num_vocab = hidden_ND.shape[0], head.weight_VD.shape[0]
+    cached_panels, lse_panels = kept_panels(num_tokens, num_vocab, hidden_ND.dtype, allowance)
+    return Scores(
+        *torch.ops.mcpo_cpu.forward(
+            hidden_ND,
+            head.weight_VD,
+            target_N,
+            head.bias_V,
+            head.softcap,
+            head.scale,
+            cached_panels,
+            lse_panels > 0,
+            PORTABLE,
+        )
     )
 
 
-def backward(grad_N: Tensor, saved: Saved, head: Head, needs: Needs) -> Gradients:
+def kept_panels(
+    num_tokens: int, num_vocab: int, dtype: torch.dtype, allowance: Allowance
+) -> tuple[int, int]:
+    """Panels of the vocabulary whose logits are kept, and panels whose log-sum-exp is."""
+    num_panels = (num_vocab + PANEL - 1) // PANEL
+    panel_bytes = num_tokens * PANEL * accumulation_dtype(dtype).itemsize
+    room = int(allowance.cache_mb * 2**20)
+    # sym_: the number of tokens may be a symbol under torch.compile.
+    cached = torch.sym_min(num_panels, room // torch.sym_max(panel_bytes, 1))
+    return cached, num_panels if allowance.filter_mass > 0 else 0
+
+
+def backward(
+    grad_N: Tensor, saved: Saved, head: Head, allowance: Allowance, needs: Needs
+) -> Gradients:
     """Gradients from those of logp; rows where ``grad_N`` is zero are left out of every product."""
     gradients = torch.ops.mcpo_cpu.backward(
         grad_N,
@@ -51,10 +86,10 @@ def backward(grad_N: Tensor, saved: Saved, head: Head, needs: Needs) -> Gradient
         head.weight_VD,
         saved.target_N,
         head.bias_V,
-        saved.logp_N,
-        saved.lse_N,
+        *saved.scores,
         head.softcap,
         head.scale,
+        allowance.filter_mass,
         *needs,
         PORTABLE,
     )

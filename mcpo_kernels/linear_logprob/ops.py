@@ -13,7 +13,15 @@ import torch
 
 from mcpo_kernels.impl import Impl
 from mcpo_kernels.linear_logprob import chunked, cpu, validate
-from mcpo_kernels.linear_logprob.head import Head, Needs, Saved, accumulation_dtype
+from mcpo_kernels.linear_logprob.head import (
+    Allowance,
+    Head,
+    Needs,
+    Saved,
+    Scores,
+    accumulation_dtype,
+    empty_kept,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,22 +30,25 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = {Impl.CHUNKED.value: chunked, Impl.CPU.value: cpu}
 
 
+# The schema of an op is flat, so its arguments cannot be bundled.
 @torch.library.custom_op("mcpo::linear_logprob", mutates_args=())
-def linear_logprob(
+def linear_logprob(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     softcap: float | None,
     scale: float,
+    cache_mb: float,
+    filter_mass: float,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logp [N], lse [N]); lse is what backward reuses and is not differentiable."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of ``Scores``; all but logp are for backward and not differentiable."""
     validate.check_targets(targets, weight.shape[0])
-    return IMPLEMENTATIONS[impl].forward(hidden, targets, Head(weight, bias, softcap, scale))
+    head, allowance = Head(weight, bias, softcap, scale), Allowance(cache_mb, filter_mass)
+    return IMPLEMENTATIONS[impl].forward(hidden, targets, head, allowance)
 
 
-# The schema of an op is flat, so its arguments cannot be bundled.
 @torch.library.custom_op("mcpo::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward(  # noqa: PLR0913
     grad: torch.Tensor,
@@ -47,14 +58,18 @@ def linear_logprob_backward(  # noqa: PLR0913
     bias: torch.Tensor | None,
     logp: torch.Tensor,
     lse: torch.Tensor,
+    logits: torch.Tensor,
+    panel_lse: torch.Tensor,
     softcap: float | None,
     scale: float,
+    filter_mass: float,
     needs: list[bool],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dhidden, dweight, dbias), an empty tensor where ``needs`` is False."""
-    head, saved = Head(weight, bias, softcap, scale), Saved(hidden, targets, logp, lse)
-    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, Needs(*needs))
+    head, allowance = Head(weight, bias, softcap, scale), Allowance(0.0, filter_mass)
+    saved = Saved(hidden, targets, Scores(logp, lse, logits, panel_lse))
+    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, allowance, Needs(*needs))
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return dhidden, dweight, dbias
 
@@ -77,10 +92,14 @@ def segment_sum(values: torch.Tensor, seq_ids: torch.Tensor, num_seqs: int) -> t
 
 
 @linear_logprob.register_fake
-def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(hidden.dtype)
-    num_tokens = hidden.shape[0]
-    return hidden.new_empty(num_tokens, dtype=dtype), hidden.new_empty(num_tokens, dtype=dtype)
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cache_mb, filter_mass, impl = rest[-3:]
+    num_tokens, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    panels = IMPLEMENTATIONS[impl].kept_panels(
+        num_tokens, weight.shape[0], hidden.dtype, Allowance(cache_mb, filter_mass)
+    )
+    logp, lse = (hidden.new_empty(num_tokens, dtype=dtype) for _ in range(2))
+    return logp, lse, *empty_kept(hidden, *panels)
 
 
 @linear_logprob_backward.register_fake
@@ -100,22 +119,21 @@ def _(values: Tensor, seq_ids: Tensor, num_seqs: int) -> Tensor:
     return values.new_empty(num_seqs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, targets, bias, ctx.softcap, ctx.scale, ctx.impl = inputs
-    logp, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(hidden, weight, targets, bias, logp, lse)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, ctx.softcap, ctx.scale, _, ctx.filter_mass, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, targets, bias, *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[argument] for argument in (0, 1, 3)]
     gradients = linear_logprob_backward(
-        grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, needs, ctx.impl
+        grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, ctx.filter_mass, needs, ctx.impl
     )
     dhidden, dweight, dbias = (
         g if need else None for g, need in zip(gradients, needs, strict=True)
     )
-    return dhidden, dweight, None, dbias, None, None, None
+    return dhidden, dweight, None, dbias, *[None] * 5
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -44,6 +44,19 @@ def check_inputs(
             )
 
 
+def check_allowance(cache_mb: float, filter_mass: float) -> None:
+    """Raise unless both are in range; ``not`` refuses NaN too."""
+    if not 0 <= cache_mb < float("inf"):
+        raise ValueError(
+            f"cache_mb must be finite and >= 0, got {cache_mb}; N * V * 4 / 2**20 holds all logits"
+        )
+    if not 0 <= filter_mass < 1:
+        raise ValueError(
+            f"filter_mass must be in [0, 1), a share of each row's softmax, got {filter_mass}; "
+            "0 leaves nothing out"
+        )
+
+
 def check_segments(hidden: Tensor, seq_ids: Tensor, num_seqs: int) -> None:
     """Raise unless ``seq_ids`` and ``num_seqs`` fit ``hidden`` in shape, dtype and device."""
     if num_seqs < 0:
