@@ -87,16 +87,20 @@ void backward(const Problem<In, Acc>& problem, const Upstream<In, Acc>& upstream
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+constexpr int64_t kLargePage = int64_t{1} << 21;
+
 // Asks for large pages: fresh memory is paid for by the page, and ours is written whole.
-inline void use_large_pages([[maybe_unused]] const at::Tensor& fresh) {
+inline void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t kLarge = int64_t{1} << 21;
-  const auto begin = round_up(reinterpret_cast<int64_t>(fresh.data_ptr()), kLarge);
-  const auto end = (reinterpret_cast<int64_t>(fresh.data_ptr()) +
-                    static_cast<int64_t>(fresh.nbytes())) / kLarge * kLarge;
+  const auto begin = round_up(reinterpret_cast<int64_t>(data), kLargePage);
+  const auto end = (reinterpret_cast<int64_t>(data) + bytes) / kLargePage * kLargePage;
   // Advice: where it is refused, pages are small.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+inline void use_large_pages(const at::Tensor& fresh) {
+  use_large_pages(fresh.data_ptr(), static_cast<int64_t>(fresh.nbytes()));
 }
 
 // Uninitialised memory, aligned for vectors.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "head.h"
+#include "pool.h"
 #include "vector.h"
 
 namespace mcpo {
@@ -134,10 +135,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, cons
               num_panels, "], got ", cached_panels);
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor logp = at::empty({num_tokens}, dtype), lse = at::empty_like(logp);
-  Tensor logits = at::empty({cached_panels, num_tokens, kColumns}, dtype);
+  Tensor logits = Pool::instance().take({cached_panels, num_tokens, kColumns}, dtype);
   Tensor panel_lse = at::empty({num_tokens, needs_panel_lse ? num_panels : 0}, dtype);
   if (num_tokens == 0) return {logp, lse, logits, panel_lse};
-  use_large_pages(logits);
   choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
     using In = decltype(in);
     using Acc = decltype(acc);
@@ -209,6 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
 
 TORCH_LIBRARY(mcpo_cpu, library) {
   library.def("capability() -> str", &capability);
+  library.def("cache_held() -> int", [] { return Pool::instance().held(); });
+  library.def("release_cache() -> ()", [] { Pool::instance().clear(); });
   library.def(
       "forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
       "float scale, int cached_panels, bool needs_panel_lse, bool portable) "

@@ -50,7 +50,8 @@ def linear_logprob(  # noqa: PLR0913
         scale: multiplies the logits before the cap.
         cache_mb: MiB that a forward may keep for its backward, in logits of the accumulation
             dtype, so that these are not computed twice; all of them take N * V * 4 bytes. Changes
-            no bit of any result. Only ``cpu`` makes use of it.
+            no bit of any result. Only ``cpu`` makes use of it, and holds the memory of the last
+            cache for the next one; ``torch.ops.mcpo_cpu.release_cache()`` gives it back.
         filter_mass: in [0, 1). If > 0, the backward of a row leaves out the parts of the
             vocabulary that hold least of its softmax, at most this share of it together; what that
             changes is bounded in docs/numerics.md. Values do not change. Only ``cpu`` makes use of

@@ -122,6 +122,8 @@ def _(values: Tensor, seq_ids: Tensor, num_seqs: int) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, ctx.softcap, ctx.scale, _, ctx.filter_mass, ctx.impl = inputs
     ctx.mark_non_differentiable(*output[1:])
+    # Otherwise backward is handed zeros in the place of gradients of those, as large as the cache.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, targets, bias, *output)
 
 
