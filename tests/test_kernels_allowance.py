@@ -212,3 +212,30 @@ def test_a_filter_leaves_out_a_share(filter_mass):
     case = make_inputs(Shape(3, 4, 5), torch.float32)
     with pytest.raises(ValueError, match=r"filter_mass must be in \[0, 1\), .*0 leaves nothing"):
         linear_logprob(case.hidden, case.weight, case.targets, filter_mass=filter_mass)
+
+
+@needs_extension
+def test_the_memory_of_a_cache_is_held_for_the_next_and_can_be_given_back():
+    case = make_inputs(LARGE, torch.float32)
+    torch.ops.mcpo_cpu.release_cache()
+    assert torch.ops.mcpo_cpu.cache_held() == 0
+    hidden = case.hidden.requires_grad_()
+
+    def cached():
+        return linear_logprob(hidden, case.weight, case.targets, cache_mb=1.0, impl="cpu")
+
+    first, second = cached(), cached()
+    assert torch.ops.mcpo_cpu.cache_held() == 0
+    gradients = [torch.autograd.grad(logp, hidden, case.grad)[0] for logp in (first, second)]
+    assert torch.equal(*gradients)
+    del first
+    held = torch.ops.mcpo_cpu.cache_held()
+    assert held >= 2**20 // (301 * PANEL * 4) * (301 * PANEL * 4)
+    # Of two that are given back one is held.
+    del second
+    assert torch.ops.mcpo_cpu.cache_held() == held
+    third = cached()
+    assert torch.ops.mcpo_cpu.cache_held() == 0
+    del third
+    torch.ops.mcpo_cpu.release_cache()
+    assert torch.ops.mcpo_cpu.cache_held() == 0
