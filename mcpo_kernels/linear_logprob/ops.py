@@ -127,7 +127,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(hidden, weight, targets, bias, *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     needs = [ctx.needs_input_grad[argument] for argument in (0, 1, 3)]
     gradients = linear_logprob_backward(
         grad, *ctx.saved_tensors, ctx.softcap, ctx.scale, ctx.filter_mass, needs, ctx.impl
