@@ -36,6 +36,7 @@ from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
 from mcpo.policy import Policy
 from mcpo.prepare import Groups, load_groups
+from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
 from mcpo_kernels import resolve
@@ -128,7 +129,9 @@ def _prepare(
     """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
-    identity = identity_of(engine, groups.train, config)
+    # Hashed once, while the policy still is the reference.
+    weights = weights_hash(engine.policy.model.state_dict())
+    identity = identity_of(engine, groups.train, config, weights)
     found = _checkpoint_to_resume(config, identity)
     if found is None:
         _clear_output_dir(config, engine)
@@ -140,7 +143,7 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(engine, groups, config, console),
+        references=reference_logps(engine, groups, config, console, weights=weights),
         total_steps=total_steps,
         identity=identity,
         console=console,
