@@ -5,7 +5,6 @@ What can be refused is refused before the first minute of work: options, data, m
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
-from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size
+from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
 from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
@@ -60,7 +59,7 @@ def run(config: Config) -> None:
     loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_head(config, placement)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
     if config.run.dry_run:

@@ -255,6 +255,15 @@ def test_dry_run_trains_nothing(
     assert not arguments["output_dir"].exists()
 
 
+def test_dry_run_counts_the_processes_of_the_job(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([*words(arguments), "--dry_run"]) == 0
+    assert "14, 12" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
