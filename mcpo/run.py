@@ -21,6 +21,7 @@ from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
+from mcpo.encode import make_encoder
 from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
 from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
@@ -101,7 +102,10 @@ def _run(
         else SingleEngine(policy, optimizer, placement.device)
     )
     job, found, track = _prepare(config, engine, tokenizer, groups, console)
-    before = decode(engine, tokenizer, items, config.run, console, name="before") if items else []
+    encoder = make_encoder(
+        tokenizer, prompt_format=config.data.prompt_format, chat_template=None
+    )
+    before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
     state = train(job, start, track)
     if state.step < job.total_steps:
@@ -111,7 +115,7 @@ def _run(
         )
         return
     _save_final(job)
-    after = decode(engine, tokenizer, items, config.run, console, name="after") if items else []
+    after = decode(engine, encoder, items, config.run, console, name="after") if items else []
     # Training time of earlier lives of a resumed run counts; their loading and decoding does not.
     wall_s = time.monotonic() - began + start.wall_s
     finish(job, state, items, before, after, wall_s=wall_s)

@@ -17,6 +17,7 @@ import torch
 from conftest import build_model, build_tokenizer, candidate_lines, write_jsonl
 from safetensors.torch import load_file
 
+from mcpo.evaluate import generate
 from mcpo.metrics import read_metrics
 from mcpo.train import main
 
@@ -243,6 +244,36 @@ def test_held_out_prompts_are_answered_before_and_after(
     shown = capsys.readouterr().out
     assert "held-out checks passed, before" in shown
     assert "p-value, paired" in shown
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "plain"])
+def test_held_out_prompts_are_put_as_training_puts_them(
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt_format: str,
+) -> None:
+    checks = [{"kind": "no_commas", "args": {}}]
+    item = {"id": "a", "prompt": "w8 w9", "topic": "t", "checks": checks, "unseen_kind": False}
+    read: list[list[list[int]]] = []
+    original = generate.generate_batch
+
+    def note(model: Any, encoder: Any, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        read.append([list(ids) for ids in prompt_ids])
+        return original(model, encoder, prompt_ids, *rest, **options)
+
+    monkeypatch.setattr(generate, "generate_batch", note)
+    settings = {
+        "heldout_prompts": write_jsonl(tmp_path / "prompts.jsonl", [item]),
+        "heldout_max_new_tokens": 1,
+        "prompt_format": prompt_format,
+        "max_steps": 1,
+    }
+    assert main(words(arguments | settings)) == 0
+    around = ("<|im_start|> user", "<|im_end|> <|im_start|> assistant")
+    text = " ".join((around[0], "w8 w9", around[1])) if prompt_format == "chat" else "w8 w9"
+    expected = build_tokenizer().convert_tokens_to_ids(text.split())
+    assert read == [[expected], [expected]]
 
 
 def test_dry_run_trains_nothing(
