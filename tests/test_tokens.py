@@ -363,3 +363,14 @@ def test_a_conversation_alone_has_the_ids_it_is_trained_with():
     bare = make_encoder(make_tokenizer(None), prompt_format="auto", chat_template=None)
     with pytest.raises(ValueError, match="row 'held-1' holds a conversation, which needs a chat"):
         encode_prompt(TURNS, bare, "held-1")
+
+
+def test_groups_share_one_object_per_id():
+    """A tokenizer makes a new object for every number above 256, and groups are kept in memory."""
+    model = BPE(vocab={c: 1000 + i for i, c in enumerate(string.printable)}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="!")
+    rows = [row("abc", "cab", ("bca",), row_id=str(number)) for number in range(600)]
+    groups = tokenize(rows, tokenizer, TokenConfig()).groups
+    ids = [i for g in groups for run in (g.prompt_ids, *g.candidate_ids) for i in run]
+    assert len(ids) == 600 * (3 + 4 + 4)
+    assert len({id(i) for i in ids}) == len(set(ids)) == 4
