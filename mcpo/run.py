@@ -41,8 +41,9 @@ from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
 from mcpo_kernels import resolve
 
-# What a run leaves in its folder, besides checkpoints.
-RESULTS = ("model", "summary.json", "metrics.jsonl", "curves.png")
+# What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
+RESULTS = ("model", "summary.json", "curves.png")
+RECORDS = ("metrics.jsonl", "heldout_before.jsonl", "heldout_after.jsonl")
 
 
 def run(config: Config) -> None:
@@ -50,7 +51,7 @@ def run(config: Config) -> None:
 
     Raises:
         ValueError: the configuration, the data or a start-up check does not hold.
-        FileNotFoundError: a file, a model, or the checkpoint to resume from is not there.
+        FileNotFoundError: a file or a model is not there.
         FileExistsError: the output folder holds a run that would be overwritten.
         ModuleNotFoundError: the package of a tracker is not installed.
         NotImplementedError: the model asks for attention that packing does not have.
@@ -102,9 +103,7 @@ def _run(
         else SingleEngine(policy, optimizer, placement.device)
     )
     job, found, track = _prepare(config, engine, tokenizer, groups, console)
-    encoder = make_encoder(
-        tokenizer, prompt_format=config.data.prompt_format, chat_template=None
-    )
+    encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
     before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
     state = train(job, start, track)
@@ -135,7 +134,7 @@ def _prepare(
     # Hashed once, while the policy still is the reference.
     weights = weights_hash(engine.policy.model.state_dict())
     identity = identity_of(engine, groups.train, config, weights)
-    found = _checkpoint_to_resume(config, identity)
+    found = _checkpoint_to_resume(config, engine, identity, console)
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
@@ -154,16 +153,24 @@ def _prepare(
     return job, found, track
 
 
-def _checkpoint_to_resume(config: Config, identity: dict[str, object]) -> Path | None:
-    """The newest checkpoint if ``resume`` is set, of this very run."""
+def _checkpoint_to_resume(
+    config: Config, engine: Engine, identity: dict[str, object], console: Console
+) -> Path | None:
+    """With ``resume`` the newest checkpoint, of this very run; None to start from the beginning."""
     if not config.run.resume:
         return None
     folder = checkpoint.newest(Path(config.run.output_dir))
-    if folder is None:
-        raise FileNotFoundError(
-            f"--resume needs a checkpoint in output_dir {config.run.output_dir!r}, found none; "
-            "drop --resume to start from the beginning, and set save_steps to have checkpoints"
+    seen = engine.gather(folder.name if folder else "none")
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"every process must resume from the same checkpoint, and in {config.run.output_dir!r} "
+            f"they see, by rank, {', '.join(seen)}; put output_dir on a file system they share"
         )
+    if folder is None:
+        console.print(
+            f"no checkpoint in {config.run.output_dir}: starting from the beginning", soft_wrap=True
+        )
+        return None
     differing = differences(checkpoint.read_state(folder).identity, identity)
     if differing:
         raise ValueError(
@@ -199,15 +206,30 @@ def _check_output_dir(config: Config) -> None:
     output_dir = Path(config.run.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"output_dir must be a folder, and {output_dir} is a file")
-    if config.run.resume or config.run.overwrite_output_dir:
+    if config.run.overwrite_output_dir:
         return
-    there = [checkpoint.newest(output_dir), *(output_dir / name for name in RESULTS)]
-    found = next((path for path in there if path is not None and path.exists()), None)
-    if found is not None:
+    newest = checkpoint.newest(output_dir)
+    if config.run.resume:
+        # Records without a checkpoint are of a run that died early, and are in nobody's way.
+        found = None if newest else _first_there(output_dir, RESULTS)
+        if found:
+            raise FileExistsError(
+                "--resume continues from a checkpoint, or starts where there is nothing to lose; "
+                f"{output_dir} has no checkpoint and the {found.name} of a finished run; give "
+                "--overwrite_output_dir to replace it, or another --output_dir"
+            )
+        return
+    found = newest or _first_there(output_dir, (*RESULTS, *RECORDS))
+    if found:
+        way_on = "--resume to continue that run, " if newest else ""
         raise FileExistsError(
-            f"output_dir must not hold another run, and {found} is there; give --resume to "
-            "continue that run, --overwrite_output_dir to replace it, or another --output_dir"
+            f"output_dir must not hold another run, and {found} is there; give {way_on}"
+            "--overwrite_output_dir to replace it, or another --output_dir"
         )
+
+
+def _first_there(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _clear_output_dir(config: Config, engine: Engine) -> None:
@@ -217,7 +239,7 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
         while found := checkpoint.newest(output_dir):
             shutil.rmtree(found)
         shutil.rmtree(output_dir / "model", ignore_errors=True)
-        for name in RESULTS[1:]:
+        for name in (*RESULTS[1:], *RECORDS):
             (output_dir / name).unlink(missing_ok=True)
     engine.barrier()
 

@@ -3,60 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, candidate_lines, write_jsonl
-from safetensors.torch import load_file
+from conftest import (
+    ROOT,
+    build_tokenizer,
+    candidate_lines,
+    torchrun,
+    weights,
+    words,
+    write_jsonl,
+)
 
 from mcpo.evaluate import generate
 from mcpo.metrics import read_metrics
 from mcpo.train import main
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def arguments(
-    tiny_folder: Path, candidates_file: Path, heldout_file: Path, tmp_path: Path
-) -> dict[str, Any]:
-    return {
-        "model_name_or_path": tiny_folder,
-        "train_data": candidates_file,
-        "eval_data": heldout_file,
-        "output_dir": tmp_path / "run",
-        "reference_cache_dir": tmp_path / "cache",
-        "bf16": "false",
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "max_tokens_per_micro_batch": 64,
-    }
-
-
-def words(arguments: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "model" / "model.safetensors")
-
-
-def torchrun(arguments: Mapping[str, Any], processes: int) -> None:
-    launcher = f"torch.distributed.run --standalone --nproc-per-node {processes}"
-    subprocess.run(
-        [sys.executable, "-m", *launcher.split(), "-m", "mcpo.train", *words(arguments)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
 
 
 def test_a_run_learns_and_leaves_its_results(arguments: dict[str, Any]) -> None:
@@ -80,95 +44,6 @@ def test_a_run_repeats_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) ->
     main(words(arguments | {"output_dir": tmp_path / "again"}))
     first, second = weights(arguments["output_dir"]), weights(tmp_path / "again")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_resume_gives_the_bits_of_an_undisturbed_run(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Stopped by SIGTERM in the middle of the second epoch, then resumed."""
-    main(words(arguments))
-    stopped = arguments | {"output_dir": tmp_path / "stopped"}
-    from mcpo import loop
-
-    steps = 0
-    original = loop.train_step
-
-    def step_then_signal(*args: Any) -> dict[str, float]:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step_then_signal)
-        assert main(words(stopped)) == 0
-    assert "interrupted after step 5 of 8" in capsys.readouterr().out
-    assert not (stopped["output_dir"] / "model").exists()
-
-    assert main(words(stopped)) == 2
-    assert "output_dir must not hold another run" in capsys.readouterr().err
-
-    assert main([*words(stopped), "--resume"]) == 0
-    undisturbed, resumed = weights(arguments["output_dir"]), weights(stopped["output_dir"])
-    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
-    losses = [
-        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
-        for folder in (arguments["output_dir"], stopped["output_dir"])
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_resume_with_another_objective_is_refused(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(words(arguments | {"save_steps": 4}))
-    changed = arguments | {"beta": 0.5, "learning_rate": 2e-3}
-    assert main([*words(changed), "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "a run resumes as it began" in error
-    assert "beta (0.1 then, 0.5 now); learning_rate (0.001 then, 0.002 now)" in error
-
-
-def test_resume_knows_the_model_by_its_weights(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same folder with other weights is another model, another folder with the same is not."""
-    folder = tmp_path / "model"
-    build_model().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    # Cutting the work differently is no reason to refuse either.
-    main(words(arguments | {"save_steps": 4}))
-    moved = arguments | {"model_name_or_path": folder, "max_tokens_per_micro_batch": 40}
-    assert main([*words(moved), "--resume"]) == 0
-    build_model(seed=1).save_pretrained(folder)
-    assert main([*words(moved), "--resume"]) == 2
-    assert "differs in: reference weights" in capsys.readouterr().err
-
-
-def test_resume_needs_a_checkpoint(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*words(arguments), "--resume"]) == 2
-    assert "--resume needs a checkpoint in output_dir" in capsys.readouterr().err
-
-
-def test_results_are_replaced_only_when_told_to(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(words(arguments))
-    before = weights(arguments["output_dir"])
-    changed = arguments | {"learning_rate": 2e-3}
-    assert main(words(changed)) == 2
-    assert "model is there; give --resume" in capsys.readouterr().err
-    # Told to, but with an option that cannot be served: nothing is lost.
-    for bad in ({"lr_scheduler_type": "sawtooth"}, {"model_name_or_path": str(ROOT / "docs")}):
-        assert main([*words(changed | bad), "--overwrite_output_dir"]) == 2
-    after = weights(arguments["output_dir"])
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert main([*words(changed), "--overwrite_output_dir"]) == 0
-    replaced = weights(arguments["output_dir"])
-    assert not all(torch.equal(before[name], replaced[name]) for name in before)
 
 
 def test_every_evaluation_is_logged(arguments: dict[str, Any]) -> None:
@@ -195,17 +70,6 @@ def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_pat
     first, second = weights(one["output_dir"]), weights(two["output_dir"])
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=name)
-
-
-def test_two_processes_resume_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) -> None:
-    """The second epoch again, from the checkpoint of the first, in a copy of the folder."""
-    two = arguments | {"per_device_train_batch_size": 2, "save_steps": 4, "save_total_limit": 5}
-    torchrun(two, 2)
-    copied = tmp_path / "copied"
-    shutil.copytree(two["output_dir"] / "checkpoint-4", copied / "checkpoint-4")
-    torchrun(two | {"output_dir": copied, "resume": "true"}, 2)
-    first, second = weights(two["output_dir"]), weights(copied)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_rank_may_have_no_rows(arguments: dict[str, Any], tmp_path: Path) -> None:
