@@ -19,6 +19,7 @@ from conftest import (
     write_jsonl,
 )
 
+from mcpo import run
 from mcpo.evaluate import generate
 from mcpo.metrics import read_metrics
 from mcpo.reference_cache import read
@@ -54,6 +55,17 @@ def test_every_evaluation_is_logged(arguments: dict[str, Any]) -> None:
     lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
+
+
+def test_a_tracker_is_sent_the_lines_of_the_file(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+    monkeypatch.setattr(run, "tracker", lambda *_: lambda line, step: sent.append((line, step)))
+    main(words(arguments | {"max_steps": 3}))
+    lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
+    assert sent == [(line, line["step"]) for line in lines]
+    assert lines[2]["num_tokens"] > lines[1]["num_tokens"] > lines[0]["num_tokens"]
 
 
 @pytest.mark.parametrize("num_groups", [15, 13], ids=["uneven-shares", "a-rank-without-rows"])
