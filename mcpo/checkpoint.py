@@ -81,17 +81,36 @@ def newest(output_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """``state.json`` of a checkpoint."""
-    return TrainState(**json.loads((folder / "state.json").read_text()))
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: it is not there or holds something else.
+    """
+    try:
+        return TrainState(**json.loads((folder / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder} must be a whole checkpoint to resume from, and its state.json cannot be "
+            f"read ({error}); delete that folder to continue from the checkpoint before it"
+        ) from error
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Copy a checkpoint's weights into a model of the same class, every one of them.
 
     Through ``from_pretrained``, which knows what ``save_pretrained`` renames (the experts of MoE
-    models) and shards.
+    models) and shards, and would start a weight it does not find anew.
+
+    Raises:
+        ValueError: weights are missing, or there are others.
     """
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    amiss = {what: names for what, names in found.items() if names}
+    if amiss:
+        raise ValueError(
+            f"{folder} must hold every weight of {type(model).__name__} and no other, got {amiss}; "
+            "delete that folder to continue from the checkpoint before it"
+        )
     model.load_state_dict(saved.state_dict(), strict=True)
 
 

@@ -154,7 +154,7 @@ class RunConfig:
 
     output_dir: str = _option("runs/default", "checkpoints, metrics and summary")
     seed: int = _option(0, "of the order of rows and of the draws")
-    resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
+    resume: bool = _option(False, "continue from the newest checkpoint in output_dir, or start")
     overwrite_output_dir: bool = _option(False, "replace an earlier run there; resume goes first")
     save_steps: int = _option(0, "steps between checkpoints; 0: none but on Ctrl-C")
     save_total_limit: int = _option(2, "newest checkpoints kept")

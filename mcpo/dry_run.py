@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mcpo.config import Config
-from mcpo.engine import launched_by_torchrun
+from mcpo.engine import world_size
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
@@ -20,17 +20,15 @@ BYTES_PER_PARAMETER = 16
 
 def describe(config: Config, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
-    import os
-
     model_config, tokenizer = load_config(config.model.model_name_or_path)
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report)
-    world_size = int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
+    num_processes = world_size()
     share = config.model.prefix_sharing
     tokens = [packed_length(group, share) for group in groups.train]
     unshared = [packed_length(group, False) for group in groups.train]
-    steps = count_steps(config.optim, len(groups.train), world_size)
-    per_step = groups_per_step(config.optim, world_size)
+    steps = count_steps(config.optim, len(groups.train), num_processes)
+    per_step = groups_per_step(config.optim, num_processes)
     num_parameters = count_parameters(model_config)
     micro_batch = min(
         max(config.optim.max_tokens_per_micro_batch, max(tokens)),

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from mcpo.findings import Tally
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
-    from mcpo.findings import Tally
     from mcpo.records import CandidateRow, Message
 
 # Long and odd enough not to occur in a template of its own accord.
@@ -89,9 +90,12 @@ def encode(rows: Sequence[CandidateRow], encoder: Encoder, tally: Tally) -> list
     Raises:
         ValueError: a conversation and no chat template, or a template that refuses a conversation.
     """
-    prompts = [_render(row, None, encoder) for row in rows]
+    prompts = [_render(row.prompt, None, encoder, row.row_id) for row in rows]
     wholes = [
-        [_render(row, one.text, encoder) if one.text.strip() else None for one in row.candidates]
+        [
+            _render(row.prompt, one.text, encoder, row.row_id) if one.text.strip() else None
+            for one in row.candidates
+        ]
         for row in rows
     ]
     whole_ids = iter(
@@ -124,20 +128,33 @@ def encode(rows: Sequence[CandidateRow], encoder: Encoder, tally: Tally) -> list
     return encoded
 
 
-def _render(row: CandidateRow, completion: str | None, encoder: Encoder) -> str:
+def encode_prompt(
+    prompt: str | tuple[Message, ...], encoder: Encoder, row_id: str
+) -> tuple[int, ...]:
+    """Token ids up to where the answer begins, those that ``encode`` gives a row of this prompt.
+
+    Raises:
+        ValueError: as ``encode``.
+    """
+    (ids,) = _tokenize([_render(prompt, None, encoder, row_id)], encoder)
+    return _open(ids, encoder, Tally(), row_id)
+
+
+def _render(
+    prompt: str | tuple[Message, ...], completion: str | None, encoder: Encoder, row_id: str
+) -> str:
     """The prompt as text, ready for an answer, or the prompt with its answer."""
     if encoder.chat:
-        prompt = row.prompt
         messages: list[Message] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         )
-        return _apply_template(messages, completion, encoder, row.row_id)
-    if not isinstance(row.prompt, str):
+        return _apply_template(messages, completion, encoder, row_id)
+    if not isinstance(prompt, str):
         raise ValueError(
-            f"row {row.row_id!r} holds a conversation, which needs a chat template to become text; "
+            f"row {row_id!r} holds a conversation, which needs a chat template to become text; "
             "use a tokenizer that has one, set chat_template, or give the prompt as one string"
         )
-    return row.prompt + (completion or "")
+    return prompt + (completion or "")
 
 
 def _apply_template(

@@ -14,20 +14,21 @@ from typing import Any
 from mcpo.config import Config
 from mcpo.engine import Engine
 from mcpo.records import TokenizedGroup
-from mcpo.reference_cache import cache_key
 from mcpo.tokens import token_hash
 
 _ONLY_CUTS_THE_WORK = ("max_tokens_per_micro_batch",)
 
 
-def identity_of(engine: Engine, groups: Sequence[TokenizedGroup], config: Config) -> dict[str, Any]:
-    """Flat and ready for JSON; to be taken while the policy still is the reference."""
+def identity_of(
+    engine: Engine, groups: Sequence[TokenizedGroup], config: Config, weights: str
+) -> dict[str, Any]:
+    """Flat and ready for JSON; ``weights`` is the hash of the reference's."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(f"{group.row_id}/{token_hash(group)}".encode())
     options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
     return {
-        "reference weights": cache_key(engine.policy.model.state_dict(), {}),
+        "reference weights": weights,
         "training data": digest.hexdigest(),
         "compute dtype": str(engine.policy.autocast_dtype),
         "number of processes": engine.world_size,

@@ -123,7 +123,7 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
             line = _line(job, state, metrics, epoch, seconds)
             if metrics_file and _is_logged(job, state.step, metrics):
                 metrics_file.write(line)
-                track(metrics, state.step)
+                track(line, state.step)
             advance(1, note(metrics, line["tokens_per_second"]))
             # Ranks may hear of it at different steps; they stop at the same one.
             stop = bool(job.engine.sum(torch.tensor(len(interrupted), device=job.engine.device)))

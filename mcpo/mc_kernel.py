@@ -80,7 +80,8 @@ def gumbel_noise(
 
 def _gumbel(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
     """From raw 64-bit numbers: numpy promises their stream across versions, Generator's not."""
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # 52 bits: with 53 the half would round the largest number up to 1, whose noise is infinite.
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return -np.log(-np.log(uniform))
 
 

@@ -48,14 +48,20 @@ class ReferenceLogps:
         return ref_logp_PC.to(batch.mask_PC.device)
 
 
-def cache_key(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """Name of a cache: hash of the reference weights and of how they are evaluated."""
-    digest = hashlib.sha256(json.dumps({"format": FORMAT, **settings}, sort_keys=True).encode())
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bits of a model's weights."""
+    digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def cache_key(weights: str, settings: Mapping[str, Any]) -> str:
+    """Name of a cache: the hash of the reference weights, and of how they are evaluated."""
+    described = json.dumps({"format": FORMAT, "weights": weights, **settings}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
 def default_cache_dir() -> Path:

@@ -28,12 +28,12 @@ NUM_CHECKED_GROUPS = 4
 
 
 def reference_logps(
-    engine: Engine, groups: Groups, config: Config, console: Console
+    engine: Engine, groups: Groups, config: Config, console: Console, *, weights: str
 ) -> ReferenceLogps:
     """Compute or find the reference log-probs of all groups, then run the start-up checks.
 
-    To be called before the first update, while the policy still is the reference. Ranks share the
-    work through the cache folder.
+    To be called before the first update, while the policy still is the reference, whose hash
+    ``weights`` is. Ranks share the work through the cache folder.
 
     Raises:
         ValueError: a start-up check fails, or the cache cannot be used.
@@ -41,7 +41,7 @@ def reference_logps(
     every = (*groups.train, *groups.held_out)
     share = config.model.prefix_sharing
     batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
-    folder = _folder(engine, config)
+    folder = _folder(engine, config, weights)
 
     @torch.no_grad()
     def score(some: Sequence[TokenizedGroup]) -> list[list[float]]:
@@ -77,7 +77,7 @@ def packed_batches(
     return [move(pack(some, share_prefix=share), device) for some in micro_batches]
 
 
-def _folder(engine: Engine, config: Config) -> Path:
+def _folder(engine: Engine, config: Config, weights: str) -> Path:
     """Where the values of these weights, evaluated this way, are kept."""
     policy = engine.policy
     dtype = policy.autocast_dtype or torch.float32
@@ -95,7 +95,7 @@ def _folder(engine: Engine, config: Config) -> Path:
         "reduction": "sum",
     }
     root = config.run.reference_cache_dir
-    key = reference_cache.cache_key(policy.model.state_dict(), settings)
+    key = reference_cache.cache_key(weights, settings)
     return (Path(root) if root else reference_cache.default_cache_dir()) / key
 
 

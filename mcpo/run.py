@@ -5,7 +5,6 @@ What can be refused is refused before the first minute of work: options, data, m
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
-from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size
+from mcpo.encode import make_encoder
+from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
 from mcpo.engine.ddp import DDPEngine, join_process_group
 from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
@@ -36,12 +36,14 @@ from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
 from mcpo.policy import Policy
 from mcpo.prepare import Groups, load_groups
+from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
 from mcpo_kernels import resolve
 
-# What a run leaves in its folder, besides checkpoints.
-RESULTS = ("model", "summary.json", "metrics.jsonl", "curves.png")
+# What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
+RESULTS = ("model", "summary.json", "curves.png")
+RECORDS = ("metrics.jsonl", "heldout_before.jsonl", "heldout_after.jsonl")
 
 
 def run(config: Config) -> None:
@@ -49,7 +51,7 @@ def run(config: Config) -> None:
 
     Raises:
         ValueError: the configuration, the data or a start-up check does not hold.
-        FileNotFoundError: a file, a model, or the checkpoint to resume from is not there.
+        FileNotFoundError: a file or a model is not there.
         FileExistsError: the output folder holds a run that would be overwritten.
         ModuleNotFoundError: the package of a tracker is not installed.
         NotImplementedError: the model asks for attention that packing does not have.
@@ -59,7 +61,7 @@ def run(config: Config) -> None:
     loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_head(config, placement)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
     if config.run.dry_run:
@@ -101,7 +103,8 @@ def _run(
         else SingleEngine(policy, optimizer, placement.device)
     )
     job, found, track = _prepare(config, engine, tokenizer, groups, console)
-    before = decode(engine, tokenizer, items, config.run, console, name="before") if items else []
+    encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
+    before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
     state = train(job, start, track)
     if state.step < job.total_steps:
@@ -111,7 +114,7 @@ def _run(
         )
         return
     _save_final(job)
-    after = decode(engine, tokenizer, items, config.run, console, name="after") if items else []
+    after = decode(engine, encoder, items, config.run, console, name="after") if items else []
     # Training time of earlier lives of a resumed run counts; their loading and decoding does not.
     wall_s = time.monotonic() - began + start.wall_s
     finish(job, state, items, before, after, wall_s=wall_s)
@@ -128,8 +131,10 @@ def _prepare(
     """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
-    identity = identity_of(engine, groups.train, config)
-    found = _checkpoint_to_resume(config, identity)
+    # Hashed once, while the policy still is the reference.
+    weights = weights_hash(engine.policy.model.state_dict())
+    identity = identity_of(engine, groups.train, config, weights)
+    found = _checkpoint_to_resume(config, engine, identity, console)
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
@@ -140,7 +145,7 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(engine, groups, config, console),
+        references=reference_logps(engine, groups, config, console, weights=weights),
         total_steps=total_steps,
         identity=identity,
         console=console,
@@ -148,16 +153,24 @@ def _prepare(
     return job, found, track
 
 
-def _checkpoint_to_resume(config: Config, identity: dict[str, object]) -> Path | None:
-    """The newest checkpoint if ``resume`` is set, of this very run."""
+def _checkpoint_to_resume(
+    config: Config, engine: Engine, identity: dict[str, object], console: Console
+) -> Path | None:
+    """With ``resume`` the newest checkpoint, of this very run; None to start from the beginning."""
     if not config.run.resume:
         return None
     folder = checkpoint.newest(Path(config.run.output_dir))
-    if folder is None:
-        raise FileNotFoundError(
-            f"--resume needs a checkpoint in output_dir {config.run.output_dir!r}, found none; "
-            "drop --resume to start from the beginning, and set save_steps to have checkpoints"
+    seen = engine.gather(folder.name if folder else "none")
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"every process must resume from the same checkpoint, and in {config.run.output_dir!r} "
+            f"they see, by rank, {', '.join(seen)}; put output_dir on a file system they share"
         )
+    if folder is None:
+        console.print(
+            f"no checkpoint in {config.run.output_dir}: starting from the beginning", soft_wrap=True
+        )
+        return None
     differing = differences(checkpoint.read_state(folder).identity, identity)
     if differing:
         raise ValueError(
@@ -193,15 +206,30 @@ def _check_output_dir(config: Config) -> None:
     output_dir = Path(config.run.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"output_dir must be a folder, and {output_dir} is a file")
-    if config.run.resume or config.run.overwrite_output_dir:
+    if config.run.overwrite_output_dir:
         return
-    there = [checkpoint.newest(output_dir), *(output_dir / name for name in RESULTS)]
-    found = next((path for path in there if path is not None and path.exists()), None)
-    if found is not None:
+    newest = checkpoint.newest(output_dir)
+    if config.run.resume:
+        # Records without a checkpoint are of a run that died early, and are in nobody's way.
+        found = None if newest else _first_there(output_dir, RESULTS)
+        if found:
+            raise FileExistsError(
+                "--resume continues from a checkpoint, or starts where there is nothing to lose; "
+                f"{output_dir} has no checkpoint and the {found.name} of a finished run; give "
+                "--overwrite_output_dir to replace it, or another --output_dir"
+            )
+        return
+    found = newest or _first_there(output_dir, (*RESULTS, *RECORDS))
+    if found:
+        way_on = "--resume to continue that run, " if newest else ""
         raise FileExistsError(
-            f"output_dir must not hold another run, and {found} is there; give --resume to "
-            "continue that run, --overwrite_output_dir to replace it, or another --output_dir"
+            f"output_dir must not hold another run, and {found} is there; give {way_on}"
+            "--overwrite_output_dir to replace it, or another --output_dir"
         )
+
+
+def _first_there(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _clear_output_dir(config: Config, engine: Engine) -> None:
@@ -211,7 +239,7 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
         while found := checkpoint.newest(output_dir):
             shutil.rmtree(found)
         shutil.rmtree(output_dir / "model", ignore_errors=True)
-        for name in RESULTS[1:]:
+        for name in (*RESULTS[1:], *RECORDS):
             (output_dir / name).unlink(missing_ok=True)
     engine.barrier()
 

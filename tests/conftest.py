@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,6 +26,7 @@ from transformers import (
 
 from mcpo_kernels.linear_logprob import cpu
 
+ROOT = Path(__file__).parents[1]
 # Implementations of the head behind the ops; "auto" takes one of them.
 FUSED = (
     "chunked",
@@ -116,3 +123,41 @@ def candidates_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
     return write_jsonl(path, candidate_lines(5, seed=1, prefix="held"))
+
+
+@pytest.fixture
+def arguments(
+    tiny_folder: Path, candidates_file: Path, heldout_file: Path, tmp_path: Path
+) -> dict[str, Any]:
+    return {
+        "model_name_or_path": tiny_folder,
+        "train_data": candidates_file,
+        "eval_data": heldout_file,
+        "output_dir": tmp_path / "run",
+        "reference_cache_dir": tmp_path / "cache",
+        "bf16": "false",
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "max_tokens_per_micro_batch": 64,
+    }
+
+
+def words(arguments: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+def torchrun(
+    arguments: Mapping[str, Any], processes: int, launcher: str = "", job: str = "-m mcpo.train"
+) -> None:
+    launch = f"torch.distributed.run --standalone --nproc-per-node {processes} {launcher} {job}"
+    subprocess.run(
+        [sys.executable, "-m", *launch.split(), *words(arguments)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
+    )

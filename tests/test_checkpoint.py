@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mcpo import checkpoint
@@ -58,6 +59,26 @@ def test_renamed_and_sharded_weights_come_back(tmp_path: Path) -> None:
         other.state_dict().items(), saved.state_dict().values(), strict=True
     ):
         assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected"])
+def test_weights_that_are_not_those_of_the_model_are_refused(tmp_path: Path, damage: str) -> None:
+    folder = save(tmp_path, 1)
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    norm = stored.pop("model.norm.weight")
+    if damage == "unexpected":
+        stored |= {"model.norm.weight": norm, "model.extra.weight": norm.clone()}
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"every weight of LlamaForCausalLM .*{damage}_keys"):
+        checkpoint.load_weights(folder, build_model())
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "state.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"checkpoint-1 must be a whole checkpoint .*delete that"):
+        checkpoint.read_state(folder)
 
 
 def test_any_loader_reads_the_model(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -9,13 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mcpo.evaluate.generate import (
-    Draw,
-    encode_prompt,
-    generate_batch,
-    greedy,
-    pick_tokens,
-)
+from mcpo.encode import encode_prompt, make_encoder
+from mcpo.evaluate.generate import Draw, generate_batch, greedy, pick_tokens
 
 EOS = 0
 VOCAB = 40
@@ -48,6 +45,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
 
 
+@pytest.fixture
+def encoder(tokenizer):
+    return make_encoder(tokenizer, prompt_format="auto", chat_template=None)
+
+
+def ids_of(prompts, encoder):
+    return [encode_prompt(prompt, encoder, "p") for prompt in prompts]
+
+
 @torch.no_grad()
 def decode_alone(model, ids, num_tokens, choose):
     """Token by token without cache, padding or company."""
@@ -60,14 +66,14 @@ def decode_alone(model, ids, num_tokens, choose):
     return written
 
 
-def test_greedy_is_what_each_prompt_gives_alone(model, tokenizer):
+def test_greedy_is_what_each_prompt_gives_alone(model, tokenizer, encoder):
     done = []
+    prompt_ids = ids_of(PROMPTS, encoder)
     answers = greedy(
-        model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=2, on_progress=done.append
+        model, encoder, prompt_ids, max_new_tokens=12, batch_size=2, on_progress=done.append
     )
     expected = [
-        decode_alone(model, tokenizer(p)["input_ids"], 12, lambda logits, _: int(logits.argmax()))
-        for p in PROMPTS
+        decode_alone(model, ids, 12, lambda logits, _: int(logits.argmax())) for ids in prompt_ids
     ]
     assert [a.text for a in answers] == [
         tokenizer.decode(ids, skip_special_tokens=True) for ids in expected
@@ -77,12 +83,12 @@ def test_greedy_is_what_each_prompt_gives_alone(model, tokenizer):
     assert done == [2, 2, 1]
 
 
-def test_sampling_inverts_the_distribution_with_the_numbers_of_the_draw(model, tokenizer):
+def test_sampling_inverts_the_distribution_with_the_numbers_of_the_draw(model, tokenizer, encoder):
     draws = [
         [Draw(temperature=1.0, seed=10 * i + j) for j in range(3)] for i in range(len(PROMPTS))
     ]
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
-    groups = generate_batch(model, tokenizer, prompt_ids, draws, max_new_tokens=30)
+    prompt_ids = ids_of(PROMPTS, encoder)
+    groups = generate_batch(model, encoder, prompt_ids, draws, max_new_tokens=30)
     for ids, group, group_draws in zip(prompt_ids, groups, draws, strict=True):
         for answer, draw in zip(group, group_draws, strict=True):
             uniform = torch.rand(30, generator=torch.Generator().manual_seed(draw.seed))
@@ -101,20 +107,21 @@ def test_sampling_inverts_the_distribution_with_the_numbers_of_the_draw(model, t
     assert not all(finished)
 
 
-def test_same_batch_same_text_and_other_seeds_other_text(model, tokenizer):
-    ids = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+def test_same_batch_same_text_and_other_seeds_other_text(model, encoder):
+    ids = ids_of(PROMPTS, encoder)
 
     def texts(first_seed):
         draws = [[Draw(temperature=1.0, seed=first_seed + i)] for i in range(len(ids))]
-        return generate_batch(model, tokenizer, ids, draws, max_new_tokens=10)
+        return generate_batch(model, encoder, ids, draws, max_new_tokens=10)
 
     assert texts(0) == texts(0)
     assert texts(0) != texts(100)
 
 
-def test_greedy_works_under_autocast(model, tokenizer):
+def test_greedy_works_under_autocast(model, encoder):
+    prompt_ids = ids_of(PROMPTS, encoder)
     with torch.autocast("cpu", torch.bfloat16):
-        answers = greedy(model, tokenizer, PROMPTS, max_new_tokens=5, batch_size=5)
+        answers = greedy(model, encoder, prompt_ids, max_new_tokens=5, batch_size=5)
     assert all(1 <= answer.num_tokens <= 5 for answer in answers)
 
 
@@ -133,37 +140,26 @@ def test_sampled_frequencies_are_those_of_the_softmax():
     torch.testing.assert_close(shares, (logits_V / 0.7).softmax(-1), atol=0.015, rtol=0)
 
 
-def test_chat_template_and_conversation(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}w2{% endif %}"
-    )
-    assert encode_prompt(tokenizer, "w9") == [1, 9, 2]
-    turns = ({"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8"})
-    assert encode_prompt(tokenizer, turns) == [1, 9, 1, 8, 2]
-
-
-def test_conversation_without_chat_template(tokenizer):
-    with pytest.raises(ValueError, match="a conversation needs a tokenizer with a chat template"):
-        encode_prompt(tokenizer, ({"role": "user", "content": "w9"},))
-
-
-def test_uneven_draws(model, tokenizer):
+def test_uneven_draws(model, encoder):
     with pytest.raises(ValueError, match=r"the same number of draws; got \[1, 2\]"):
-        generate_batch(model, tokenizer, [[1], [2]], [[Draw()], [Draw()] * 2], max_new_tokens=2)
+        generate_batch(model, encoder, [[1], [2]], [[Draw()], [Draw()] * 2], max_new_tokens=2)
 
 
-def test_no_token_that_ends_an_answer(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"neither model\.generation_config nor the tokenizer"):
-        greedy(model, tokenizer, ["w1"], max_new_tokens=2, batch_size=1)
-
-
-def test_several_tokens_may_end_an_answer(model, tokenizer, monkeypatch):
-    (free,) = greedy(model, tokenizer, ["w1 w2 w3"], max_new_tokens=4, batch_size=1)
+def test_several_tokens_may_end_an_answer(model, encoder, monkeypatch):
+    prompt_ids = ids_of(["w1 w2 w3"], encoder)
+    (free,) = greedy(model, encoder, prompt_ids, max_new_tokens=4, batch_size=1)
     second = int(free.text.split()[1][1:])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [EOS, second])
-    (ended,) = greedy(model, tokenizer, ["w1 w2 w3"], max_new_tokens=4, batch_size=1)
+    (ended,) = greedy(model, encoder, prompt_ids, max_new_tokens=4, batch_size=1)
+    assert ended.finished
+    assert ended.num_tokens <= 2
+
+
+def test_an_answer_ends_where_training_ends_one(model, encoder):
+    """A template may close turns with a token of its own, which no generation setting knows."""
+    prompt_ids = ids_of(["w1 w2 w3"], encoder)
+    (free,) = greedy(model, encoder, prompt_ids, max_new_tokens=4, batch_size=1)
+    own = replace(encoder, end_id=int(free.text.split()[1][1:]))
+    (ended,) = greedy(model, own, prompt_ids, max_new_tokens=4, batch_size=1)
     assert ended.finished
     assert ended.num_tokens <= 2

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +110,24 @@ def test_noise_depends_on_seed_step_and_row_alone() -> None:
         gumbel_noise(1, 8, ["b"], num_draws=1, num_candidates=4),
     ):
         assert not torch.equal(other, alone)
+
+
+@pytest.mark.parametrize(("bits", "edge"), [(0, 2.0**-53), (2**64 - 1, 1 - 2.0**-53)])
+def test_noise_is_finite_at_both_ends(
+    monkeypatch: pytest.MonkeyPatch, bits: int, edge: float
+) -> None:
+    """An infinite key would draw a candidate from outside the pool."""
+
+    class Stream:
+        def __init__(self, key: int) -> None:
+            assert key
+
+        def random_raw(self, count: int) -> object:
+            return np.full(count, bits, dtype=np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Stream)
+    noise = gumbel_noise(0, 0, ["a"], num_draws=1, num_candidates=2)
+    assert noise.tolist() == [[[-math.log(-math.log(edge))] * 2]]
 
 
 def test_effective_sample_size_and_rank_of_the_draw() -> None:

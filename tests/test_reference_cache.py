@@ -8,7 +8,14 @@ import torch
 
 from mcpo.pack import pack
 from mcpo.records import TokenizedGroup
-from mcpo.reference_cache import cache_key, complete, read, unpack, verified
+from mcpo.reference_cache import (
+    cache_key,
+    complete,
+    read,
+    unpack,
+    verified,
+    weights_hash,
+)
 
 
 def group(row_id: str, *candidates: tuple[int, ...]) -> TokenizedGroup:
@@ -162,9 +169,13 @@ def test_a_machine_that_sees_its_own_values_alone_is_told_so(tmp_path: Path) -> 
 
 
 def test_key_changes_with_weights_and_settings() -> None:
-    weights = {"w": torch.arange(4.0)}
-    key = cache_key(weights, {"dtype": "bf16"})
-    assert key == cache_key({"w": torch.arange(4.0)}, {"dtype": "bf16"})
-    assert key != cache_key({"w": torch.arange(4.0) + 1e-6}, {"dtype": "bf16"})
-    assert key != cache_key({"w": torch.arange(4.0).view(2, 2)}, {"dtype": "bf16"})
-    assert key != cache_key(weights, {"dtype": "fp32"})
+    hashed = weights_hash({"w": torch.arange(4.0)})
+    assert hashed == weights_hash({"w": torch.arange(4.0)})
+    others = [{"w": torch.arange(4.0) + 1e-6}, {"w": torch.arange(4.0).view(2, 2)}]
+    others += [{"v": torch.arange(4.0)}, {"w": torch.arange(4.0).view(torch.int32)}]
+    for other in others:
+        assert weights_hash(other) != hashed
+    key = cache_key(hashed, {"dtype": "bf16"})
+    assert key == cache_key(hashed, {"dtype": "bf16"})
+    assert key != cache_key(hashed, {"dtype": "fp32"})
+    assert key != cache_key(weights_hash(others[0]), {"dtype": "bf16"})

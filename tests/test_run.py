@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, candidate_lines, write_jsonl
-from safetensors.torch import load_file
+from conftest import (
+    ROOT,
+    build_model,
+    build_tokenizer,
+    candidate_lines,
+    torchrun,
+    weights,
+    words,
+    write_jsonl,
+)
 
+from mcpo import run
+from mcpo.evaluate import generate
 from mcpo.metrics import read_metrics
+from mcpo.reference_cache import read
+from mcpo.self_check import FLOAT32_UNITS, float32_band
 from mcpo.train import main
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def arguments(
-    tiny_folder: Path, candidates_file: Path, heldout_file: Path, tmp_path: Path
-) -> dict[str, Any]:
-    return {
-        "model_name_or_path": tiny_folder,
-        "train_data": candidates_file,
-        "eval_data": heldout_file,
-        "output_dir": tmp_path / "run",
-        "reference_cache_dir": tmp_path / "cache",
-        "bf16": "false",
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "max_tokens_per_micro_batch": 64,
-    }
-
-
-def words(arguments: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "model" / "model.safetensors")
-
-
-def torchrun(arguments: Mapping[str, Any], processes: int) -> None:
-    launcher = f"torch.distributed.run --standalone --nproc-per-node {processes}"
-    subprocess.run(
-        [sys.executable, "-m", *launcher.split(), "-m", "mcpo.train", *words(arguments)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
 
 
 def test_a_run_learns_and_leaves_its_results(arguments: dict[str, Any]) -> None:
@@ -81,95 +50,6 @@ def test_a_run_repeats_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) ->
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_resume_gives_the_bits_of_an_undisturbed_run(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Stopped by SIGTERM in the middle of the second epoch, then resumed."""
-    main(words(arguments))
-    stopped = arguments | {"output_dir": tmp_path / "stopped"}
-    from mcpo import loop
-
-    steps = 0
-    original = loop.train_step
-
-    def step_then_signal(*args: Any) -> dict[str, float]:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step_then_signal)
-        assert main(words(stopped)) == 0
-    assert "interrupted after step 5 of 8" in capsys.readouterr().out
-    assert not (stopped["output_dir"] / "model").exists()
-
-    assert main(words(stopped)) == 2
-    assert "output_dir must not hold another run" in capsys.readouterr().err
-
-    assert main([*words(stopped), "--resume"]) == 0
-    undisturbed, resumed = weights(arguments["output_dir"]), weights(stopped["output_dir"])
-    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
-    losses = [
-        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
-        for folder in (arguments["output_dir"], stopped["output_dir"])
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_resume_with_another_objective_is_refused(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(words(arguments | {"save_steps": 4}))
-    changed = arguments | {"beta": 0.5, "learning_rate": 2e-3}
-    assert main([*words(changed), "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "a run resumes as it began" in error
-    assert "beta (0.1 then, 0.5 now); learning_rate (0.001 then, 0.002 now)" in error
-
-
-def test_resume_knows_the_model_by_its_weights(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same folder with other weights is another model, another folder with the same is not."""
-    folder = tmp_path / "model"
-    build_model().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    # Cutting the work differently is no reason to refuse either.
-    main(words(arguments | {"save_steps": 4}))
-    moved = arguments | {"model_name_or_path": folder, "max_tokens_per_micro_batch": 40}
-    assert main([*words(moved), "--resume"]) == 0
-    build_model(seed=1).save_pretrained(folder)
-    assert main([*words(moved), "--resume"]) == 2
-    assert "differs in: reference weights" in capsys.readouterr().err
-
-
-def test_resume_needs_a_checkpoint(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*words(arguments), "--resume"]) == 2
-    assert "--resume needs a checkpoint in output_dir" in capsys.readouterr().err
-
-
-def test_results_are_replaced_only_when_told_to(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(words(arguments))
-    before = weights(arguments["output_dir"])
-    changed = arguments | {"learning_rate": 2e-3}
-    assert main(words(changed)) == 2
-    assert "model is there; give --resume" in capsys.readouterr().err
-    # Told to, but with an option that cannot be served: nothing is lost.
-    for bad in ({"lr_scheduler_type": "sawtooth"}, {"model_name_or_path": str(ROOT / "docs")}):
-        assert main([*words(changed | bad), "--overwrite_output_dir"]) == 2
-    after = weights(arguments["output_dir"])
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert main([*words(changed), "--overwrite_output_dir"]) == 0
-    replaced = weights(arguments["output_dir"])
-    assert not all(torch.equal(before[name], replaced[name]) for name in before)
-
-
 def test_every_evaluation_is_logged(arguments: dict[str, Any]) -> None:
     main(words(arguments | {"logging_steps": 3, "eval_steps": 2, "max_steps": 7}))
     lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
@@ -177,44 +57,60 @@ def test_every_evaluation_is_logged(arguments: dict[str, Any]) -> None:
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
 
 
-def test_two_processes_make_the_update_of_one(arguments: dict[str, Any], tmp_path: Path) -> None:
-    """14 groups in steps of 4: the last of an epoch has 2, and ranks differ in micro-batches."""
-    one = arguments | {"per_device_train_batch_size": 4}
-    two = arguments | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
+def test_a_tracker_is_sent_the_lines_of_the_file(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+    monkeypatch.setattr(run, "tracker", lambda *_: lambda line, step: sent.append((line, step)))
+    main(words(arguments | {"max_steps": 3}))
+    lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
+    assert sent == [(line, line["step"]) for line in lines]
+    assert lines[2]["num_tokens"] > lines[1]["num_tokens"] > lines[0]["num_tokens"]
+
+
+@pytest.mark.parametrize("num_groups", [15, 13], ids=["uneven-shares", "a-rank-without-rows"])
+def test_two_processes_make_the_update_of_one(
+    arguments: dict[str, Any], tmp_path: Path, num_groups: int
+) -> None:
+    """Steps of 4, the last of an epoch of 3 or 1; ranks differ in micro-batches.
+
+    With a large epsilon, no momentum and no clipping AdamW is gradient descent, here at a rate of
+    0.1, which neither hides a wrong factor, as a sign-like step would, nor makes a full step of the
+    rounding of a gradient near 0.
+    """
+    data = write_jsonl(tmp_path / "train.jsonl", candidate_lines(num_groups, seed=0))
+    descent = {"train_data": data, "adam_epsilon": 1e6, "learning_rate": 1e5, "adam_beta1": 0}
+    descent |= {"max_grad_norm": "inf", "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    one = arguments | descent | {"per_device_train_batch_size": 4}
+    two = one | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
     main(words(one))
     torchrun(two, 2)
     expected = read_metrics(one["output_dir"] / "metrics.jsonl")
     got = read_metrics(two["output_dir"] / "metrics.jsonl")
-    for mine, theirs in zip(got, expected, strict=True):
-        # Not mc/drawn_rank: before the first update the scores tie but for rounding.
-        for name in ("loss", "grad_norm", "mc/ess", "num_tokens", "rewards/margins"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
-        assert got[-1][name] == pytest.approx(expected[-1][name], rel=1e-3, abs=1e-4), name
+    start = build_model().state_dict()
     first, second = weights(one["output_dir"]), weights(two["output_dir"])
+    eps = torch.finfo(torch.float32).eps
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=name)
-
-
-def test_two_processes_resume_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) -> None:
-    """The second epoch again, from the checkpoint of the first, in a copy of the folder."""
-    two = arguments | {"per_device_train_batch_size": 2, "save_steps": 4, "save_total_limit": 5}
-    torchrun(two, 2)
-    copied = tmp_path / "copied"
-    shutil.copytree(two["output_dir"] / "checkpoint-4", copied / "checkpoint-4")
-    torchrun(two | {"output_dir": copied, "resume": "true"}, 2)
-    first, second = weights(two["output_dir"]), weights(copied)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_rank_may_have_no_rows(arguments: dict[str, Any], tmp_path: Path) -> None:
-    """Three groups on two ranks, one each: the second step of an epoch has one group."""
-    data = write_jsonl(tmp_path / "three.jsonl", candidate_lines(3, seed=7))
-    three = arguments | {"train_data": data, "per_device_train_batch_size": 1}
-    torchrun(three, 2)
-    lines = read_metrics(three["output_dir"] / "metrics.jsonl")
-    assert len(lines) == 4
-    assert all(line["loss"] > 0 for line in lines)
+        moved = float((first[name] - start[name]).norm())
+        # In a step either run rounds a weight once, by half a unit in its last place at most: they
+        # part by a unit. Beside that gradients differ by their rounding, and what they moved with
+        # them; the way is short, so neither grows on it.
+        allowed = eps * (len(got) * float(first[name].norm()) + FLOAT32_UNITS * moved)
+        # Else a wrong factor in one of the steps might not show.
+        assert moved > 1000 * allowed, name
+        assert float((first[name] - second[name]).norm()) <= allowed, name
+    # A log-prob is off by its band, a reward by beta times that, a margin or a loss by two rewards;
+    # a gradient, whose factor is the softmax of rewards, by as much of itself.
+    (cache,) = arguments["reference_cache_dir"].iterdir()
+    logp = torch.tensor([logp for logps in read(cache).values() for logp in logps])
+    band = 2 * 0.1 * float(float32_band(logp.abs().max(), torch.tensor(10)))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine["num_tokens"] == theirs["num_tokens"]
+        # Not mc/drawn_rank and accuracies, which turn where scores tie but for rounding.
+        assert set(mine) == set(theirs)
+        shown = {"loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/margins"}
+        for name in shown & set(mine):
+            assert mine[name] == pytest.approx(theirs[name], rel=band, abs=band), name
 
 
 def test_held_out_prompts_are_answered_before_and_after(
@@ -245,6 +141,36 @@ def test_held_out_prompts_are_answered_before_and_after(
     assert "p-value, paired" in shown
 
 
+@pytest.mark.parametrize("prompt_format", ["chat", "plain"])
+def test_held_out_prompts_are_put_as_training_puts_them(
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt_format: str,
+) -> None:
+    checks = [{"kind": "no_commas", "args": {}}]
+    item = {"id": "a", "prompt": "w8 w9", "topic": "t", "checks": checks, "unseen_kind": False}
+    read: list[list[list[int]]] = []
+    original = generate.generate_batch
+
+    def note(model: Any, encoder: Any, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        read.append([list(ids) for ids in prompt_ids])
+        return original(model, encoder, prompt_ids, *rest, **options)
+
+    monkeypatch.setattr(generate, "generate_batch", note)
+    settings = {
+        "heldout_prompts": write_jsonl(tmp_path / "prompts.jsonl", [item]),
+        "heldout_max_new_tokens": 1,
+        "prompt_format": prompt_format,
+        "max_steps": 1,
+    }
+    assert main(words(arguments | settings)) == 0
+    around = ("<|im_start|> user", "<|im_end|> <|im_start|> assistant")
+    text = " ".join((around[0], "w8 w9", around[1])) if prompt_format == "chat" else "w8 w9"
+    expected = build_tokenizer().convert_tokens_to_ids(text.split())
+    assert read == [[expected], [expected]]
+
+
 def test_dry_run_trains_nothing(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +179,15 @@ def test_dry_run_trains_nothing(
     for part in ("14 groups", "dry run: nothing was trained", "steps", "optimizer", "MB"):
         assert part in shown
     assert not arguments["output_dir"].exists()
+
+
+def test_dry_run_counts_the_processes_of_the_job(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([*words(arguments), "--dry_run"]) == 0
+    assert "14, 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from mcpo.encode import encode_prompt, make_encoder
 from mcpo.findings import counts, describe
 from mcpo.records import Candidate, CandidateRow, TokenizedGroup
 from mcpo.tokens import TokenConfig, token_hash, tokenize
@@ -338,3 +339,38 @@ def test_a_candidate_marked_as_cut_gets_no_eos():
     groups, found = run(make_tokenizer(), cut)
     assert groups[0][1] == ["yes<|im_end|>", "no"]
     assert found == {"unfinished": 1}
+
+
+@pytest.mark.parametrize("adds_bos", [True, False], ids=["bos", "no-bos"])
+@pytest.mark.parametrize("prompt_format", ["auto", "chat", "plain"])
+@pytest.mark.parametrize("prompt", ["q ab", "<s>q"])
+def test_a_prompt_alone_has_the_ids_it_is_trained_with(prompt, prompt_format, adds_bos):
+    """Evaluation prompts as training does, whatever the format and the tokenizer's BOS."""
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    config = TokenConfig(prompt_format=prompt_format)
+    (group,) = tokenize([row(prompt)], tokenizer, config).groups
+    encoder = make_encoder(tokenizer, prompt_format=prompt_format, chat_template=None)
+    assert encode_prompt(prompt, encoder, "r") == group.prompt_ids
+    begins = text(tokenizer, group.prompt_ids).removeprefix("<s>")
+    assert begins.startswith("q" if prompt_format == "plain" else "<|im_start|>user")
+
+
+def test_a_conversation_alone_has_the_ids_it_is_trained_with():
+    tokenizer = make_tokenizer()
+    (group,) = tokenize([row(TURNS)], tokenizer, TokenConfig()).groups
+    encoder = make_encoder(tokenizer, prompt_format="auto", chat_template=None)
+    assert encode_prompt(TURNS, encoder, "r") == group.prompt_ids
+    bare = make_encoder(make_tokenizer(None), prompt_format="auto", chat_template=None)
+    with pytest.raises(ValueError, match="row 'held-1' holds a conversation, which needs a chat"):
+        encode_prompt(TURNS, bare, "held-1")
+
+
+def test_groups_share_one_object_per_id():
+    """A tokenizer makes a new object for every number above 256, and groups are kept in memory."""
+    model = BPE(vocab={c: 1000 + i for i, c in enumerate(string.printable)}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="!")
+    rows = [row("abc", "cab", ("bca",), row_id=str(number)) for number in range(600)]
+    groups = tokenize(rows, tokenizer, TokenConfig()).groups
+    ids = [i for g in groups for run in (g.prompt_ids, *g.candidate_ids) for i in run]
+    assert len(ids) == 600 * (3 + 4 + 4)
+    assert len({id(i) for i in ids}) == len(set(ids)) == 4

@@ -27,7 +27,9 @@ from mcpo.data.verifiable_rows import Graded, Sample, candidate_row, grade, prom
 from mcpo.models import SMOLLM2
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from mcpo.encode import Encoder
 
 TEMPERATURES = (0.4, 0.7, 1.0)
 SAMPLES_PER_TEMPERATURE = 2
@@ -131,34 +133,37 @@ def _sample_batches(
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from mcpo.encode import make_encoder
     from mcpo.models import load_model
 
     model, tokenizer = load_model(model_name, dtype=torch.bfloat16)
     model.eval()
+    encoder = make_encoder(tokenizer, prompt_format="auto", chat_template=None)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("prompts answered", total=sum(map(len, batches)))
         for batch in batches:
-            yield _sample_batch(model, tokenizer, batch, seed=seed)
+            yield _sample_batch(model, encoder, batch, seed=seed)
             progress.advance(task, len(batch))
 
 
 def _sample_batch(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     batch: Sequence[VerifiablePrompt],
     *,
     seed: int,
 ) -> dict[str, list[Sample]]:
-    from mcpo.evaluate.generate import Draw, encode_prompt, generate_batch
+    from mcpo.encode import encode_prompt
+    from mcpo.evaluate.generate import Draw, generate_batch
 
     settings = [(t, index) for t in TEMPERATURES for index in range(SAMPLES_PER_TEMPERATURE)]
     draws = [
         [Draw(temperature=t, seed=draw_seed(seed, prompt.prompt_id, t, i)) for t, i in settings]
         for prompt in batch
     ]
-    prompt_ids = [encode_prompt(tokenizer, prompt.text) for prompt in batch]
-    groups = generate_batch(model, tokenizer, prompt_ids, draws, max_new_tokens=MAX_NEW_TOKENS)
+    prompt_ids = [encode_prompt(prompt.text, encoder, prompt.prompt_id) for prompt in batch]
+    groups = generate_batch(model, encoder, prompt_ids, draws, max_new_tokens=MAX_NEW_TOKENS)
     return {
         prompt.prompt_id: [
             Sample(

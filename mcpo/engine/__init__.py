@@ -57,6 +57,16 @@ def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rank() -> int:
+    """This process among all of the job."""
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
+
+
+def world_size() -> int:
+    """Processes of the job."""
+    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else 1
+
+
 def local_rank() -> int:
     """This process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

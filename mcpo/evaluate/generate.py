@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from mcpo.records import Message
+    from mcpo.encode import Encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +52,8 @@ GREEDY = Draw()
 
 def greedy(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | tuple[Message, ...]],
+    encoder: Encoder,
+    prompt_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -63,20 +63,19 @@ def greedy(
 
     Args:
         model: a causal LM; its attention implementation must know key-value caches ("sdpa").
-        tokenizer: its tokenizer; a chat template is applied if it has one.
-        prompts: plain text or conversations.
+        encoder: of its tokenizer: how a text is written out, and what ends an answer.
+        prompt_ids: from ``encode.encode_prompt``.
         max_new_tokens: at which a completion is cut.
         batch_size: prompts per batch; prompts of like length are batched together.
         on_progress: called with the number of prompts done after each batch.
     """
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
+    by_length = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
     completions: dict[int, Completion] = {}
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         drawn = generate_batch(
             model,
-            tokenizer,
+            encoder,
             [prompt_ids[index] for index in batch],
             [(GREEDY,)] * len(batch),
             max_new_tokens=max_new_tokens,
@@ -84,30 +83,13 @@ def greedy(
         completions.update({index: group[0] for index, group in zip(batch, drawn, strict=True)})
         if on_progress is not None:
             on_progress(len(batch))
-    return [completions[index] for index in range(len(prompts))]
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | tuple[Message, ...]
-) -> list[int]:
-    """Token ids up to where the answer begins."""
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError(
-                "a conversation needs a tokenizer with a chat template, and this one has none; "
-                "give the prompt as plain text or set tokenizer.chat_template"
-            )
-        return list(tokenizer(prompt)["input_ids"])
-    turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return [completions[index] for index in range(len(prompt_ids))]
 
 
 @torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     prompt_ids: Sequence[Sequence[int]],
     draws: Sequence[Sequence[Draw]],
     *,
@@ -121,11 +103,11 @@ def generate_batch(
             f"every prompt of a batch must have the same number of draws; got {counts}"
         )
     flat = [draw for group in draws for draw in group]
-    ends = _end_ids(model, tokenizer)
+    ends = _end_ids(model, encoder)
     tokens = _decode(model, prompt_ids, flat, ends=ends, max_new_tokens=max_new_tokens)
     completions = [
         Completion(
-            text=str(tokenizer.decode(ids, skip_special_tokens=True)).strip(),
+            text=str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip(),
             num_tokens=len(ids),
             finished=ids[-1] in ends,
         )
@@ -217,15 +199,9 @@ def _uniforms(draws: Sequence[Draw], num_tokens: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer, by the model's generation settings or the tokenizer."""
+def _end_ids(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+    """What ends an answer in training, by the tokenizer, or by the model's generation settings."""
     configured: Any = getattr(model.generation_config, "eos_token_id", None)
-    last: Any = tokenizer.eos_token_id
+    last: Any = encoder.tokenizer.eos_token_id
     listed: list[Any] = configured if isinstance(configured, list) else [configured]
-    ends = frozenset(int(end) for end in (*listed, last) if end is not None)
-    if not ends:
-        raise ValueError(
-            "generation needs a token that ends an answer; neither model.generation_config nor the "
-            "tokenizer has an eos_token_id; set one of them"
-        )
-    return ends
+    return frozenset(int(end) for end in (*listed, last, encoder.end_id) if end is not None)

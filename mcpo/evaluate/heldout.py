@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from mcpo.config import RunConfig
+from mcpo.encode import Encoder, encode_prompt
 from mcpo.engine import Engine
 from mcpo.evaluate.generate import Completion, greedy
 from mcpo.evaluate.verifiable import VerifiableItem
@@ -21,7 +21,7 @@ from mcpo.progress import progress
 
 def decode(
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     items: Sequence[VerifiableItem],
     config: RunConfig,
     console: Console,
@@ -29,6 +29,8 @@ def decode(
     name: str,
 ) -> list[Completion]:
     """Answer every item, ranks sharing them, and keep the answers in ``heldout_<name>.jsonl``.
+
+    Prompts become tokens, and answers end, as ``encoder`` has them in training.
 
     Returns:
         The completions of all items in their order, on every rank.
@@ -46,8 +48,8 @@ def decode(
     ):
         completions = greedy(
             model,
-            tokenizer,
-            [item.prompt for item in mine],
+            encoder,
+            [encode_prompt(item.prompt, encoder, item.item_id) for item in mine],
             max_new_tokens=config.heldout_max_new_tokens,
             batch_size=config.heldout_batch_size,
             on_progress=lambda count: advance(count, ""),
