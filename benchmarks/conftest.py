@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cells, gate, peers, provenance, roofline, rows, tables, workload
+from benchmarks import cells, gate, memory, peers, provenance, roofline, rows, tables, workload
 from benchmarks.measure import Limits, cpu_seconds
 
 NAMES = tuple(peer.name for peer in peers.PEERS)
@@ -26,6 +27,7 @@ class Workload:
     inputs: workload.Inputs
     oracle: gate.Oracle
     products: dict[str, roofline.Product]
+    peak: Callable[[memory.Request], memory.Peak]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -94,18 +96,16 @@ def select(options: Any) -> list[cells.Cell]:
 
 
 @pytest.fixture(scope="module")
-def work(request: pytest.FixtureRequest) -> Workload:
+def work(request: pytest.FixtureRequest) -> Iterator[Workload]:
     """Inputs, oracle and bare products of a shape and dtype; those before are let go first."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         # A function compiled for many shapes would end up running uncompiled, in silence.
         torch.compiler.reset()
     inputs = workload.make_inputs(*request.param)
-    return Workload(
-        inputs=inputs,
-        oracle=gate.make_oracle(inputs),
-        products=roofline.make_products(inputs),
-    )
+    oracle, products = gate.make_oracle(inputs), roofline.make_products(inputs)
+    with memory.open_meter(*request.param) as peak:
+        yield Workload(inputs=inputs, oracle=oracle, products=products, peak=peak)
 
 
 @pytest.fixture

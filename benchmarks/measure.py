@@ -1,17 +1,11 @@
-"""Time, memory and the load of the machine.
+"""Time, and the load of the machine meanwhile.
 
 Time is CPU time of this process divided by its threads, since the machine may be shared: other
 jobs then disturb through caches and memory alone. Wall time and the load by others are kept too.
-
-Memory is the peak of the process beyond what it held before, less the results: VmHWM, reset
-through clear_refs, minus VmRSS. malloc_trim goes first, so that memory which an earlier cell left
-with the allocator counts again when it is used. It is taken in a call of its own, as trimming
-makes the next call slower, and after a first call, so that compiling and loading do not count.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -34,7 +28,7 @@ class Taken:
     wall_seconds: float
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rounds:
     """Every timed round of a cell, and the bare products right before each."""
 
@@ -42,7 +36,6 @@ class Rounds:
     products: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     others: list[float] = field(default_factory=list[float])
     """Cores that other processes kept busy during a round and its products."""
-    memory_mib: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +44,14 @@ class Limits:
 
     rounds: int
     budget: float
+
+    def hopeless(self, wall_seconds: float) -> bool:
+        """A first call of this length, compiling included, gets one more and no warm-up."""
+        return wall_seconds > 2 * self.budget
+
+    def rounds_of(self, wall_seconds: float) -> int:
+        """How many rounds of this length fit into the budget; one at least."""
+        return max(1, min(self.rounds, int(self.budget / wall_seconds)))
 
 
 def cpu_seconds() -> float:
@@ -66,42 +67,21 @@ def timed(job: Job) -> tuple[Results, Taken]:
     return results, Taken(seconds=seconds, wall_seconds=time.perf_counter() - wall)
 
 
-def timed_with_memory(job: Job) -> tuple[float, Taken]:
-    """Call a job once; MiB at its peak beyond what was there before and what it returns."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_mib("VmRSS")
-    results, taken = timed(job)
-    return _status_mib("VmHWM") - before - results.nbytes / 2**20, taken
-
-
 def run_rounds(
     pedantic: Callable[..., object],
     job: Job,
-    first: Taken,
     time_products: Callable[[], dict[str, float]],
-    limits: Limits,
+    rounds: int,
 ) -> Rounds:
-    """Measure memory, then as many rounds as fit into the budget, one at least.
+    """Time a job, each time right after the bare products it is compared with.
 
     Args:
         pedantic: of the ``benchmark`` fixture.
         job: what is timed.
-        first: what its first call took, compiling included. A job that took more than twice the
-            budget is called only once more, and its memory measured in that round.
-        time_products: times the bare products; called right before each round.
-        limits: on rounds and seconds.
+        time_products: times the products.
+        rounds: how often.
     """
     found = Rounds()
-    hopeless = first.wall_seconds > 2 * limits.budget
-    rounds = 1
-    if not hopeless:
-        found.memory_mib, again = timed_with_memory(job)
-        start = time.perf_counter()
-        time_products()
-        each = again.wall_seconds + time.perf_counter() - start
-        rounds = max(1, min(limits.rounds, int(limits.budget / each)))
-
     # Taken before the products, so that ticks of a hundredth of a second suffice for short jobs.
     began = _Clocks.read()
 
@@ -111,10 +91,7 @@ def run_rounds(
         found.products.append(time_products())
 
     def run() -> None:
-        if hopeless:
-            found.memory_mib, taken = timed_with_memory(job)
-        else:
-            _, taken = timed(job)
+        _, taken = timed(job)
         found.taken.append(taken)
         found.others.append(_Clocks.read().others_since(began))
 
@@ -143,8 +120,3 @@ class _Clocks(NamedTuple):
         cores = others / (self.wall - before.wall)
         # The machine counts ticks of a hundredth of a second, which matters in short rounds.
         return min(max(0.0, cores), float(os.cpu_count() or 1))
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))

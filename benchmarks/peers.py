@@ -82,8 +82,9 @@ def version(peer: Peer) -> str:
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What one writes without a fused head."""
-    logits = F.linear(hidden, weight)
-    return logits.float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    # In one expression, so that nothing is held longer than it is needed.
+    logp_NV = F.linear(hidden, weight).float().log_softmax(1)
+    return logp_NV.gather(1, targets[:, None]).squeeze(1)
 
 
 def _compiled() -> Head:

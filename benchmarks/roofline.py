@@ -64,6 +64,11 @@ def time_products(products: dict[str, Product], pattern: str) -> dict[str, float
     return {name: _seconds(products[name].run) for name in PRODUCTS[pattern]}
 
 
+def wall_seconds(products: dict[str, Product], pattern: str) -> float:
+    """About how long that takes, where the machine has nothing else to do."""
+    return sum(products[name].seconds for name in PRODUCTS[pattern])
+
+
 def _faster(product: Callable[[int], None], num_tokens: int) -> Product:
     tried = [_try(product, rows) for rows in dict.fromkeys((min(CHUNK, num_tokens), num_tokens))]
     return min(tried, key=lambda way: way.seconds)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, peers, provenance, roofline
+from benchmarks import measure, memory, peers, provenance, roofline
 from benchmarks.cells import DTYPES, GRID, QUICK, Shape, parse_names, parse_shape
 from benchmarks.conftest import select
 from benchmarks.rows import read
@@ -147,18 +147,22 @@ def test_memory_is_what_a_job_needs_beyond_its_results():
 
     for _ in range(2):
         # The second time, too, after the allocator was given memory back.
-        found, _ = measure.timed_with_memory(job)
-        assert found == pytest.approx(48, abs=4)
+        assert memory.peak_of(job).mib == pytest.approx(48, abs=4)
 
 
-def spin(seconds: float) -> Results:
-    began = time.process_time()
-    while time.process_time() - began < seconds:
-        pass
-    return Results(torch.zeros(1), None, None)
+def test_memory_is_measured_in_another_process_and_its_death_is_no_answer(capfd):
+    with memory.open_meter(Shape(64, 16, 65536), "fp32") as peak:
+        # Logits and their log-softmax, 16 MiB each; the same after another job.
+        for impl, expected in (("eager", 32), ("mcpo_portable", 4), ("eager", 32)):
+            found = peak(memory.Request(impl, "score", "one pass", 2))
+            assert found.mib == pytest.approx(expected, abs=4)
+            assert found.wall_seconds > 0
+        with pytest.raises(RuntimeError, match="the process that measures memory ended with 1"):
+            peak(memory.Request("nobody", "score", "one pass", 1))
+    assert "StopIteration" in capfd.readouterr().err
 
 
-def run(budget: float, rounds: int, first: float) -> tuple[measure.Rounds, list[str]]:
+def test_rounds_follow_the_products():
     calls: list[str] = []
 
     def pedantic(target, setup, rounds):
@@ -168,35 +172,28 @@ def run(budget: float, rounds: int, first: float) -> tuple[measure.Rounds, list[
 
     def job() -> Results:
         calls.append("job")
-        return spin(0.02)
+        began = time.process_time()
+        while time.process_time() - began < 0.02:
+            pass
+        return Results(torch.zeros(1), None, None)
 
     def products() -> dict[str, float]:
         calls.append("products")
         return {"forward": 0.5}
 
-    limits = measure.Limits(rounds=rounds, budget=budget)
-    taken = measure.Taken(seconds=first, wall_seconds=first)
-    return measure.run_rounds(pedantic, job, taken, products, limits), calls
-
-
-def test_rounds_fit_into_the_budget_and_follow_the_products():
-    found, calls = run(budget=60.0, rounds=3, first=0.02)
-    assert calls == ["job", "products", *(3 * ["products", "job"])]
+    found = measure.run_rounds(pedantic, job, products, 3)
+    assert calls == 3 * ["products", "job"]
     assert found.products == 3 * [{"forward": 0.5}]
     assert len(found.others) == 3
-    threads = torch.get_num_threads()
     for taken in found.taken:
-        assert 0.02 / threads <= taken.seconds < 0.2
+        assert 0.02 / torch.get_num_threads() <= taken.seconds < 0.2
         assert taken.wall_seconds >= 0.02
-    found, _ = run(budget=0.03, rounds=50, first=0.02)
-    assert len(found.taken) == 1
 
 
-def test_a_hopeless_job_is_called_once_more():
-    found, calls = run(budget=1.0, rounds=50, first=2.5)
-    assert calls == ["products", "job"]
-    assert len(found.taken) == 1
-    assert abs(found.memory_mib) < 4
+def test_rounds_fit_into_the_budget():
+    limits = measure.Limits(rounds=10, budget=20.0)
+    assert [limits.rounds_of(each) for each in (0.1, 4.9, 15.0, 100.0)] == [10, 4, 1, 1]
+    assert [limits.hopeless(first) for first in (39.0, 41.0)] == [False, True]
 
 
 def test_provenance_names_commit_and_machine():
