@@ -1,6 +1,7 @@
 # make train   train the default recipe and print the result
 # make test    run the default test suite
 # make check   all of CI: format, lint, types, import contracts, tests
+# make bench   the benchmarks of the head, hours; ARGS=--quick for minutes
 # make setup   the environment alone
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait without spinning: several times faster where the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow check lint setup clean
+.PHONY: train test test-slow bench check lint setup clean
 
 train: setup
 	$(BIN)/python -m mcpo.train --config recipes/default.yaml --overwrite_output_dir $(ARGS)
@@ -21,6 +22,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'
+	$(BIN)/python -m pytest benchmarks/test_head.py --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)
 
 check: lint test
 

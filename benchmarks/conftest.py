@@ -1,0 +1,155 @@
+"""Options of the suite, the cells they select, and inputs shared by the cells of a shape."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cells, gate, memory, peers, provenance, roofline, rows, tables, workload
+from benchmarks.measure import Limits, cpu_seconds
+
+NAMES = tuple(peer.name for peer in peers.PEERS)
+GRID = ",".join(map(str, cells.GRID))
+SESSION = pytest.StashKey[list[rows.Row]]()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What the cells of one shape and dtype share."""
+
+    inputs: workload.Inputs
+    oracle: gate.Oracle
+    products: dict[str, roofline.Product]
+    peak: Callable[[memory.Request], memory.Peak]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("head", "benchmarks of the head")
+    group.addoption("--quick", action="store_true", help="one small shape, few rounds")
+    group.addoption("--shapes", help=f"NxDxV, comma-separated (default: {GRID})")
+    group.addoption("--dtypes", help=f"out of {', '.join(cells.DTYPES)} (default: all)")
+    group.addoption("--patterns", help=f"out of {', '.join(cells.PATTERNS)} (default: all)")
+    group.addoption("--impls", help=f"out of {', '.join(NAMES)} (default: all)")
+    group.addoption("--rounds", type=int, help="of a cell at most (default: 10; quick: 3)")
+    group.addoption("--budget", type=float, help="seconds of a cell's rounds (default: 20; 2)")
+    group.addoption("--results", type=Path, help="file that rows are appended to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let other libraries warn: the suite reports, and does not judge their code."""
+    config.addinivalue_line("filterwarnings", "default")
+    config.stash[SESSION] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each cell; those of one shape and dtype follow one another."""
+    options = metafunc.config.option
+    try:
+        selected = select(options)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    # pytest keeps a fixture as long as its parameter is the same object.
+    shared = {(cell.shape, cell.dtype): (cell.shape, cell.dtype) for cell in selected}
+    parameters = [
+        pytest.param(
+            shared[cell.shape, cell.dtype],
+            cell,
+            id=f"{cell.group.replace(' ', '-')}-{cell}",
+            marks=pytest.mark.benchmark(group=cell.group, timer=cpu_seconds, disable_gc=True),
+        )
+        for cell in selected
+    ]
+    metafunc.parametrize(("work", "cell"), parameters, indirect=["work"], scope="module")
+
+
+def select(options: Any) -> list[cells.Cell]:
+    """The cells that the options name.
+
+    Raises:
+        ValueError: an option names something that is not known.
+    """
+    shapes = cells.QUICK if options.quick else cells.GRID
+    if options.shapes:
+        shapes = tuple(cells.parse_shape(text) for text in options.shapes.split(","))
+    dtypes = cells.parse_names(options.dtypes or "bf16,fp32", cells.DTYPES, "--dtypes")
+    chosen = options.patterns or ",".join(cells.PATTERNS)
+    patterns = cells.parse_names(chosen, cells.PATTERNS, "--patterns")
+    impls = cells.parse_names(options.impls or ",".join(NAMES), NAMES, "--impls")
+    return [
+        cells.Cell(shape=shape, dtype=dtype, pattern=pattern, way=way, impl=peer.name)
+        for shape in shapes
+        for dtype in dtypes
+        for wanted in patterns
+        for peer in peers.PEERS
+        if peer.name in impls
+        for pattern, way in peer.jobs
+        if pattern == wanted
+    ]
+
+
+@pytest.fixture(scope="module")
+def work(request: pytest.FixtureRequest) -> Iterator[Workload]:
+    """Inputs, oracle and bare products of a shape and dtype; those before are let go first."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        # A function compiled for many shapes would end up running uncompiled, in silence.
+        torch.compiler.reset()
+    inputs = workload.make_inputs(*request.param)
+    oracle, products = gate.make_oracle(inputs), roofline.make_products(inputs)
+    with memory.open_meter(*request.param) as peak:
+        yield Workload(inputs=inputs, oracle=oracle, products=products, peak=peak)
+
+
+@pytest.fixture
+def head(cell: cells.Cell) -> workload.Head:
+    """The implementation of a cell; without it the cell is skipped."""
+    try:
+        return peers.build(peers.named(cell.impl))
+    except peers.Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def limits(pytestconfig: pytest.Config) -> Limits:
+    """How long a cell may take."""
+    options = pytestconfig.option
+    rounds, budget = (3, 2.0) if options.quick else (10, 20.0)
+    return Limits(rounds=options.rounds or rounds, budget=options.budget or budget)
+
+
+@pytest.fixture(scope="session")
+def origin(pytestconfig: pytest.Config) -> rows.Provenance:
+    """Where this session's rows come from."""
+    arguments = pytestconfig.invocation_params.args
+    return provenance.collect(" ".join(["pytest", *map(str, arguments)]))
+
+
+@pytest.fixture
+def record(pytestconfig: pytest.Config) -> Any:
+    """A function that appends a row to the results, and keeps it for the end."""
+    options = pytestconfig.option
+    path = options.results or (rows.QUICK if options.quick else rows.FULL)
+
+    def write(row: rows.Row) -> None:
+        rows.append(row, path)
+        pytestconfig.stash[SESSION].append(row)
+
+    return write
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the tables of what was measured, as the report has them."""
+    found = config.stash[SESSION]
+    if found:
+        terminalreporter.section("head: seconds by thread (x of bare products), MiB, errors")
+        terminalreporter.write_line(tables.all_shapes(found))

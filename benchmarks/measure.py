@@ -1,0 +1,122 @@
+"""Time, and the load of the machine meanwhile.
+
+Time is CPU time of this process divided by its threads, since the machine may be shared: other
+jobs then disturb through caches and memory alone. Wall time and the load by others are kept too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.workload import Results
+
+Job = Callable[[], Results]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What one call took."""
+
+    seconds: float
+    wall_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounds:
+    """Every timed round of a cell, and the bare products right before each."""
+
+    taken: list[Taken] = field(default_factory=list[Taken])
+    products: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    others: list[float] = field(default_factory=list[float])
+    """Cores that other processes kept busy during a round and its products."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long a cell may take."""
+
+    rounds: int
+    budget: float
+
+    def hopeless(self, wall_seconds: float) -> bool:
+        """A first call of this length, compiling included, gets one more and no warm-up."""
+        return wall_seconds > 2 * self.budget
+
+    def rounds_of(self, wall_seconds: float) -> int:
+        """How many rounds of this length fit into the budget; one at least."""
+        return max(1, min(self.rounds, int(self.budget / wall_seconds)))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process so far, per thread of torch."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def timed(job: Job) -> tuple[Results, Taken]:
+    """Call a job once."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    results = job()
+    seconds = cpu_seconds() - cpu
+    return results, Taken(seconds=seconds, wall_seconds=time.perf_counter() - wall)
+
+
+def run_rounds(
+    pedantic: Callable[..., object],
+    job: Job,
+    time_products: Callable[[], dict[str, float]],
+    rounds: int,
+) -> Rounds:
+    """Time a job, each time right after the bare products it is compared with.
+
+    Args:
+        pedantic: of the ``benchmark`` fixture.
+        job: what is timed.
+        time_products: times the products.
+        rounds: how often.
+    """
+    found = Rounds()
+    # Taken before the products, so that ticks of a hundredth of a second suffice for short jobs.
+    began = _Clocks.read()
+
+    def before() -> None:
+        nonlocal began
+        began = _Clocks.read()
+        found.products.append(time_products())
+
+    def run() -> None:
+        _, taken = timed(job)
+        found.taken.append(taken)
+        found.others.append(_Clocks.read().others_since(began))
+
+    pedantic(run, setup=before, rounds=rounds)
+    return found
+
+
+class _Clocks(NamedTuple):
+    """Seconds: CPU time of the machine, CPU time of this process, wall time."""
+
+    machine: float
+    own: float
+    wall: float
+
+    @classmethod
+    def read(cls) -> _Clocks:
+        """Now."""
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = (int(ticks) for ticks in fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return cls(busy, time.process_time(), time.perf_counter())
+
+    def others_since(self, before: _Clocks) -> float:
+        """Cores that other processes kept busy."""
+        others = (self.machine - before.machine) - (self.own - before.own)
+        cores = others / (self.wall - before.wall)
+        # The machine counts ticks of a hundredth of a second, which matters in short rounds.
+        return min(max(0.0, cores), float(os.cpu_count() or 1))

@@ -1,0 +1,49 @@
+"""Where a row comes from: date, commit, command, machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks.rows import Provenance
+
+ROOT = Path(__file__).parents[1]
+# What the suite and the report write does not make a tree dirty.
+WRITTEN = (":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/benchmarks")
+FLAGS = ("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+
+def collect(command: str) -> Provenance:
+    """Of rows measured from now on by this process."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = _field(cpuinfo, "flags").split()
+    family, model = _field(cpuinfo, "cpu family"), _field(cpuinfo, "model")
+    return Provenance(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        commit=_git("rev-parse", "--short", "HEAD") or "unknown",
+        dirty=bool(_git("status", "--porcelain", "--", ".", *WRITTEN)),
+        command=command,
+        cpu=f"{_field(cpuinfo, 'model name')} (family {family}, model {model})",
+        flags=tuple(flag for flag in FLAGS if flag in flags),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        wait_policy=os.environ.get("OMP_WAIT_POLICY", "unset"),
+        torch=torch.__version__,
+    )
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    found = re.search(rf"^{name}\s*: (.*)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()

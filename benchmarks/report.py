@@ -1,0 +1,75 @@
+"""Write docs/benchmarks.md and its figures from the rows of results, and from nothing else.
+
+    python -m benchmarks.report
+
+The last row of a cell counts; rows of other machines than that of the last row are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from benchmarks import tables
+from benchmarks.rows import FULL, Row, latest, read
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).with_name("page.md")
+INSTALL = "python -m pip install -c constraints.txt --no-build-isolation -e '.[bench]'"
+NONE = "None yet."
+
+
+def page(rows: Sequence[Row], figures: dict[str, str]) -> str:
+    """The whole document."""
+    shown = [f"![{text}](benchmarks/{name})" for name, text in figures.items()]
+    return Template(PAGE.read_text()).substitute(
+        install=INSTALL,
+        provenance=provenance(rows) if rows else NONE,
+        against=tables.ours_against_the_best(rows) if rows else NONE,
+        figures="\n\n".join(shown) or NONE,
+        tables=tables.all_shapes(rows) or NONE,
+    )
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Machine, dates, commits and versions."""
+    origins = [row.provenance for row in rows]
+    first = origins[0]
+    dates = sorted(origin.date for origin in origins)
+    commits = dict.fromkeys(
+        f"{origin.commit}{' with changes' if origin.dirty else ''}" for origin in origins
+    )
+    versions = sorted({(row.title, row.version) for row in rows})
+    lines = [
+        f"- {first.cpu}, {', '.join(first.flags)}; {first.cores} cores, {first.threads} threads, "
+        f"OMP_WAIT_POLICY={first.wait_policy}; torch {first.torch}",
+        f"- {len(rows)} rows, {dates[0]} to {dates[-1]}, commits {', '.join(commits)}",
+        *(f"- {title}: {version}" for title, version in versions),
+    ]
+    return "\n".join(lines)
+
+
+def write(results: Path, docs: Path) -> Path:
+    """Write the page and its figures from a file of rows."""
+    # Here, so that reading tables needs no matplotlib.
+    from benchmarks.plots import draw
+
+    rows = latest(read(results))
+    path = docs / "benchmarks.md"
+    path.write_text(page(rows, draw(rows, docs / "benchmarks")))
+    return path
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--results", type=Path, default=FULL, help="file of rows")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
+    options = parser.parse_args()
+    print(f"wrote {write(options.results, options.docs)}")
+
+
+if __name__ == "__main__":
+    main()
