@@ -104,7 +104,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: weights are missing, or there are others.
     """
-    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    # Its type does not know that it returns a pair then.
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    saved, found = loaded
     amiss = {what: names for what, names in found.items() if names}
     if amiss:
         raise ValueError(
