@@ -45,8 +45,8 @@ class Limits:
     rounds: int
     budget: float
 
-    def hopeless(self, wall_seconds: float) -> bool:
-        """A first call of this length, compiling included, gets one more and no warm-up."""
+    def slow(self, wall_seconds: float) -> bool:
+        """Whether to save a call of a job whose first one, compiling included, took so long."""
         return wall_seconds > 2 * self.budget
 
     def rounds_of(self, wall_seconds: float) -> int:
