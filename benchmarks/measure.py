@@ -45,10 +45,6 @@ class Limits:
     rounds: int
     budget: float
 
-    def hopeless(self, wall_seconds: float) -> bool:
-        """A first call of this length, compiling included, gets one more and no warm-up."""
-        return wall_seconds > 2 * self.budget
-
     def rounds_of(self, wall_seconds: float) -> int:
         """How many rounds of this length fit into the budget; one at least."""
         return max(1, min(self.rounds, int(self.budget / wall_seconds)))

@@ -39,6 +39,8 @@ class Peer:
     package: str | None = None
     impl: Impl | None = None
     scalar: bool = False
+    compiled: bool = False
+    """By torch.compile, for the shapes of its arguments."""
 
     @property
     def ours(self) -> bool:
@@ -177,7 +179,7 @@ PEERS = (
     Peer(name="mcpo_cached", title="mcpo cached", build=_kernel_cached, impl=Impl.CPU),
     Peer(name="mcpo_portable", title="mcpo portable", build=_portable, impl=Impl.CHUNKED),
     Peer(name="eager", title="eager", build=lambda: eager),
-    Peer(name="compile", title="torch.compile(eager)", build=_compiled),
+    Peer(name="compile", title="torch.compile(eager)", build=_compiled, compiled=True),
     Peer(
         name="trl_selective",
         title="TRL selective_log_softmax",
@@ -195,6 +197,7 @@ PEERS = (
         title="cut_cross_entropy torch_compile",
         build=_cce,
         package="cut-cross-entropy",
+        compiled=True,
     ),
     Peer(
         name="liger_scaled",
@@ -209,6 +212,7 @@ PEERS = (
         build=lambda: _liger_dpo(compiled=True),
         package="liger-kernel",
         scalar=True,
+        compiled=True,
     ),
     Peer(
         name="liger_dpo",

@@ -65,13 +65,29 @@ def make_inputs(shape: Shape, dtype: str) -> Inputs:
     num_tokens, num_hidden, num_vocab = shape
     hidden = torch.randn(num_tokens, num_hidden, generator=generator)
     weight = torch.randn(num_vocab, num_hidden, generator=generator).mul_(3 / num_hidden**0.5)
-    candidate_N = torch.arange(num_tokens) * NUM_CANDIDATES // num_tokens
     return Inputs(
         hidden_ND=hidden.to(TORCH_DTYPES[dtype]).requires_grad_(),
         weight_VD=weight.to(TORCH_DTYPES[dtype]).requires_grad_(),
         target_N=torch.randint(num_vocab, (num_tokens,), generator=generator),
         grad_N=torch.linspace(0.5, 1.0, num_tokens),
-        drawn_M=torch.isin(candidate_N, torch.tensor(DRAWN)).nonzero().squeeze(1),
+        drawn_M=drawn_rows(num_tokens),
+    )
+
+
+def drawn_rows(num_tokens: int) -> Tensor:
+    """[M] rows of the drawn candidates."""
+    candidate_N = torch.arange(num_tokens) * NUM_CANDIDATES // num_tokens
+    return torch.isin(candidate_N, torch.tensor(DRAWN)).nonzero().squeeze(1)
+
+
+def first_rows(inputs: Inputs, count: int) -> Inputs:
+    """The same weight with few rows."""
+    return Inputs(
+        hidden_ND=inputs.hidden_ND.detach()[:count].requires_grad_(),
+        weight_VD=inputs.weight_VD,
+        target_N=inputs.target_N[:count],
+        grad_N=inputs.grad_N[:count],
+        drawn_M=drawn_rows(count),
     )
 
 
