@@ -5,6 +5,7 @@
 # make setup   the environment alone
 #
 # Of the C++ extension, by hand:
+# make sanitize  its tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cross     compile it with Clang, for x86-64 and for aarch64; needs ziglang
 
 VENV ?= .venv
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait without spinning: several times faster where the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow bench check lint cross setup clean
+.PHONY: train test test-slow bench check lint sanitize cross setup clean
 
 train: setup
 	$(BIN)/python -m mcpo.train --config recipes/default.yaml --overwrite_output_dir $(ARGS)
@@ -37,6 +38,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+sanitize: setup
+	PYTHON=$(abspath $(BIN))/python .ci/sanitize $(ARGS)
 
 cross: setup
 	PYTHON=$(abspath $(BIN))/python .ci/cross
