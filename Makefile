@@ -3,6 +3,10 @@
 # make check   all of CI: format, lint, types, import contracts, tests
 # make bench   the benchmarks of the head, hours; ARGS=--quick for minutes
 # make setup   the environment alone
+#
+# Of the C++ extension, by hand:
+# make sanitize  its tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make cross     compile it with Clang, for x86-64 and for aarch64; needs ziglang
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,7 +16,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait without spinning: several times faster where the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow bench check lint setup clean
+.PHONY: train test test-slow bench check lint sanitize cross setup clean
 
 train: setup
 	$(BIN)/python -m mcpo.train --config recipes/default.yaml --overwrite_output_dir $(ARGS)
@@ -34,6 +38,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+sanitize: setup
+	PYTHON=$(abspath $(BIN))/python .ci/sanitize $(ARGS)
+
+cross: setup
+	PYTHON=$(abspath $(BIN))/python .ci/cross
 
 setup: $(STAMP)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace mcpo {
 
@@ -27,7 +28,14 @@ struct Vector {
                    const float* b, int64_t b_stride, float* c, int64_t c_stride, bool add);
 };
 
-// The widest this processor has.
+// Each defined in a file of its own, the first two for x86-64 alone.
+extern const Vector k_avx512, k_avx2, k_baseline;
+
+// Those that this processor runs, the widest first.
+std::vector<const Vector*> runnable();
+
+// The widest, or the one that MCPO_CPU_CAPABILITY names.
+// Throws std::runtime_error where that names none of `runnable()`.
 const Vector& vector();
 
 }  // namespace mcpo
