@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -68,8 +68,10 @@ def open_meter(shape: Shape, dtype: str) -> Generator[Callable[[Request], Peak],
     requests, replies = process.stdin, process.stdout
 
     def ask(request: Request) -> Peak:
-        requests.write(json.dumps(request) + "\n")
-        requests.flush()
+        # To a process that has ended nothing can be written; reading says that it has.
+        with suppress(BrokenPipeError):
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
         return Peak(*json.loads(_line(process, replies)))
 
     try:
@@ -77,7 +79,8 @@ def open_meter(shape: Shape, dtype: str) -> Generator[Callable[[Request], Peak],
         _line(process, replies)
         yield ask
     finally:
-        requests.close()
+        with suppress(BrokenPipeError):
+            requests.close()
         process.wait()
         replies.close()
 

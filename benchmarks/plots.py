@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from benchmarks.cells import PATTERNS
 from benchmarks.rows import Row
@@ -15,11 +16,9 @@ from benchmarks.tables import FEWEST, TITLES, best_way, by_shape, describe, memo
 
 Weight = tuple[int, int]
 MARKERS = "osD^v<>PXh*p"
-COMPARED = {
-    1: "one bare product",
-    2: "one bare product of all rows, three of the trained ones",
-    3: "three bare products",
-}
+COMPARED = {1: "one product", 2: "one product, and three of a third", 3: "three products"}
+TIMES = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100)
+MEMORIES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> dict[str, str]:
@@ -50,7 +49,9 @@ def _figure(rows: list[Row]) -> Figure:
     """Patterns from left to right, dtypes from top to bottom."""
     groups = by_shape(rows)
     figure = Figure(figsize=(11, 3.4 * len(groups) + 1.3), layout="constrained")
-    all_axes = figure.subplots(len(groups), len(PATTERNS), squeeze=False)
+    all_axes = figure.subplots(
+        len(groups), len(PATTERNS), squeeze=False, sharex="col", sharey="all"
+    )
     # By name, so that what one measures does not change the looks of another.
     titles = sorted({row.title for row in rows}, key=lambda title: (title[:4] != "mcpo", title))
     for line, ((_, dtype), group) in zip(all_axes, groups, strict=True):
@@ -71,12 +72,16 @@ def _figure(rows: list[Row]) -> Figure:
         fontsize=8,
         frameon=False,
     )
+    for axes, pattern in zip(all_axes[-1], PATTERNS, strict=True):
+        axes.set_xlabel(f"time / {COMPARED[FEWEST[pattern]]}", fontsize=9)
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("memory, MiB", fontsize=9)
     figure.suptitle(describe(rows[0].cell.shape), fontsize=11)
     return figure
 
 
 def _panel(axes: Axes, rows: list[Row], titles: list[str], pattern: str) -> None:
-    colours = mpl.colormaps["tab20"]
+    colours = mpl.colormaps["tab10"]
     for number, title in enumerate(titles):
         row = best_way(rows, title, pattern)
         if row is None:
@@ -86,15 +91,17 @@ def _panel(axes: Axes, rows: list[Row], titles: list[str], pattern: str) -> None
             [max(1.0, memory(row))],
             s=90 if row.ours else 45,
             marker=MARKERS[number % len(MARKERS)],
-            facecolor=colours(number % 20) if row.ours else "none",
-            edgecolor=colours(number % 20),
+            facecolor=colours(number % 10) if row.ours else "none",
+            edgecolor=colours(number % 10),
             linewidth=1.6,
             label=title,
         )
+    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.axvline(1.0, color="0.6", linewidth=0.8, linestyle="--")
-    axes.set_xlabel(f"time / {COMPARED[FEWEST[pattern]]}", fontsize=8)
-    axes.set_ylabel("memory, MiB", fontsize=8)
-    axes.tick_params(labelsize=8, which="both")
+    for axis, ticks in ((axes.xaxis, TIMES), (axes.yaxis, MEMORIES)):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=8)
     axes.grid(True, linewidth=0.3)
