@@ -48,7 +48,7 @@ def scored_tokens(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
             count += len(wanted)
             if count >= num_tokens:
                 break
-    weight = model.get_output_embeddings().weight.detach()
+    weight = model.get_parameter("lm_head.weight").detach()
     return torch.cat(hidden)[:num_tokens], weight, torch.cat(targets)[:num_tokens]
 
 
@@ -64,7 +64,7 @@ def share_of_tiles(hidden: Tensor, weight: Tensor, targets: Tensor, filter_mass:
 
 def main() -> None:
     """Print a table with a row per ``filter_mass``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What the gradient filter saves")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -7,7 +7,7 @@ Algorithm, memory and promises are in docs/kernels.md.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,8 +71,8 @@ def kept_panels(
     num_panels = (num_vocab + PANEL - 1) // PANEL
     panel_bytes = num_tokens * PANEL * accumulation_dtype(dtype).itemsize
     room = int(allowance.cache_mb * 2**20)
-    # sym_: the number of tokens may be a symbol under torch.compile.
-    cached = torch.sym_min(num_panels, room // torch.sym_max(panel_bytes, 1))
+    # sym_: the number of tokens may be a symbol under torch.compile, which is no int.
+    cached: Any = torch.sym_min(num_panels, room // torch.sym_max(panel_bytes, 1))
     return cached, num_panels if allowance.filter_mass > 0 else 0
 
 
