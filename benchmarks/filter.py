@@ -23,6 +23,7 @@ from mcpo.models import SMOLLM2, load_model
 from mcpo.tokens import TokenConfig, tokenize
 from mcpo_kernels import linear_logprob
 from mcpo_kernels.linear_logprob import ops
+from mcpo_kernels.linear_logprob.head import PANEL
 
 DATA = Path(__file__).parents[1] / "recipes" / "data" / "verifiable_train.jsonl"
 MASSES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -54,11 +55,14 @@ def scored_tokens(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def share_of_tiles(hidden: Tensor, weight: Tensor, targets: Tensor, filter_mass: float) -> float:
     """How much of [N, Q] the filter keeps, by its rule (docs/numerics.md)."""
-    _, lse, _, panel_lse = ops.linear_logprob(
+    logp, lse, _, panel_lse = ops.linear_logprob(
         hidden, weight, targets, None, None, 1.0, 0.0, max(filter_mass, 1e-9), "cpu"
     )
-    ascending = (panel_lse - lse[:, None]).exp().double().sort(dim=1).values
-    left_out = (ascending.cumsum(1) <= filter_mass) & (filter_mass > 0)
+    mass = (panel_lse - lse[:, None]).exp().double()
+    ascending, order = mass.sort(dim=1)
+    spared = -filter_mass * logp.double().expm1()
+    left_out = (ascending.cumsum(1) <= spared[:, None]) & (filter_mass > 0)
+    left_out &= order != targets[:, None] // PANEL
     return 1 - left_out.double().mean().item()
 
 

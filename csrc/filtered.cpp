@@ -1,6 +1,6 @@
 // The backward with a filter. Of each row the panels with least softmax mass are left out, as many
-// as together hold at most filter_mass of it; the forward left the mass of every panel. So each
-// panel has a list of rows of its own. Otherwise as the backward of the whole:
+// as together hold at most filter_mass of what the row's target does not hold; the forward left the
+// mass of every panel. So each panel has a list of rows of its own. Otherwise as the backward of the whole:
 //
 //   1. dz of a panel's rows, gathered side by side;
 //   2. dhidden [M, D] += dz weight, scattered to the rows, and the panel of dweight = dz^T hidden.
@@ -47,8 +47,13 @@ class Filtered {
         const Acc* panel_lse = g_.upstream.cache.panel_lse + n * num_panels_;
         for (int64_t p = 0; p < num_panels_; ++p)
           mass[p] = std::exp(panel_lse[p] - g_.upstream.lse[n]);
-        const Acc limit = least_needed(mass, ascending);
-        // Whatever is no number is needed, so that it reaches the gradients.
+        // Of 1 - p(target), by which a row's gradient is as large as it is. A row whose upstream
+        // gradient is no number leaves nothing out, so that it reaches all it should.
+        const double spared = std::isfinite(g_.upstream.grad[n])
+                                  ? g_.upstream.filter_mass * -std::expm1(g_.upstream.logp[n])
+                                  : -1;
+        const Acc limit = least_needed(mass, spared, ascending);
+        // Nor is a mass that is no number left out.
         for (int64_t p = 0; p < num_panels_; ++p)
           needed[m * num_panels_ + p] = !(mass[p] < limit);
         const int64_t target = g_.problem.target[n];
@@ -64,15 +69,16 @@ class Filtered {
     });
   }
 
-  // The least mass that is not left out; all that is below it adds up to at most filter_mass.
-  Acc least_needed(const std::vector<Acc>& mass, std::vector<Acc>& ascending) const {
+  // The least mass that is not left out; all that is below it adds up to at most `spared`.
+  static Acc least_needed(const std::vector<Acc>& mass, double spared,
+                          std::vector<Acc>& ascending) {
     for (const Acc each : mass)
       if (!std::isfinite(each)) return 0;
     ascending = mass;
     std::sort(ascending.begin(), ascending.end());
     double total = 0;
     for (const Acc each : ascending)
-      if ((total += each) > g_.upstream.filter_mass) return each;
+      if (!((total += each) <= spared)) return each;
     return std::numeric_limits<Acc>::infinity();
   }
 

@@ -149,7 +149,7 @@ struct Gradient {
   Buffer<Acc> tiles;
 };
 
-// A row meets the panels that hold all but filter_mass of its softmax.
+// A row meets the panels that hold all but a share of its softmax.
 template <class In, class Op, class Acc>
 void backward_filtered(Gradient<In, Op, Acc>& gradient);
 

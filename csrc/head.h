@@ -69,7 +69,7 @@ struct Upstream {
   const Acc* logp;  // [N]
   const Acc* lse;   // [N]
   Cache<Acc> cache;
-  Acc filter_mass;  // with panel_lse: how much of a row's softmax may be left out
+  double filter_mass;  // with panel_lse: how much of 1 - p(target) a row may leave out
   In* dhidden;      // [N, D], zero; null where not needed
   In* dweight;      // [V, D]; null where not needed
   In* dbias;        // [V]; null where not needed

@@ -1,4 +1,4 @@
-// Memory for logits caches. The last one that was given back is held for the next: it is large and
+// Memory for logits caches. The last block that was given back is held for the next: it is large and
 // written whole, and pages fresh from the system cost more time than the logits in them.
 #pragma once
 
@@ -7,7 +7,6 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <utility>
 
 #include "head.h"
@@ -46,21 +45,20 @@ class Pool {
   };
 
   Block find(int64_t bytes) {
+    const int64_t size = round_up(bytes, kLargePage);
     Block block = swap({});
-    if (block.bytes >= bytes) return block;
+    // Not one that is much too large, or a small cache would take a large one's memory away.
+    if (size <= block.bytes && block.bytes <= 2 * size) return block;
     std::free(block.data);
-    block = {std::aligned_alloc(kLargePage, round_up(bytes, kLargePage)), round_up(bytes, kLargePage)};
-    if (!block.data) throw std::bad_alloc();
+    block = {std::aligned_alloc(kLargePage, size), size};
+    TORCH_CHECK(block.data, "no memory for a logits cache of ", size >> 20,
+                " MiB; lower cache_mb");
     use_large_pages(block.data, block.bytes);
     return block;
   }
 
   void give_back(Block block) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (block.bytes > held_.bytes) std::swap(held_, block);
-    }
-    std::free(block.data);
+    std::free(swap(block).data);
   }
 
   Block swap(Block block) {

@@ -172,6 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
                   (panel_lse.size(1) == 0 || panel_lse.size(1) == num_panels) &&
                   panel_lse.scalar_type() == dtype,
               "panel_lse must be [N, 0 or ", num_panels, "] ", dtype, ", got ", panel_lse.sizes());
+  TORCH_CHECK(0 <= filter_mass && filter_mass < 1 &&
+                  (filter_mass == 0 || num_tokens == 0 || panel_lse.numel() > 0),
+              "filter_mass must be in [0, 1), and 0 without panel_lse, got ", filter_mass);
   const Tensor row = grad.nonzero().squeeze(1);
   const bool none = row.numel() == 0;
   const auto options = hidden.options();
@@ -196,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
                                      logps.const_data_ptr<Acc>(),
                                      lses.const_data_ptr<Acc>(),
                                      cache_of<Acc>(kept, panel_lses),
-                                     static_cast<Acc>(filter_mass),
+                                     filter_mass,
                                      needs_hidden ? dhidden.data_ptr<In>() : nullptr,
                                      needs_weight ? dweight.data_ptr<In>() : nullptr,
                                      needs_bias && bias ? dbias.data_ptr<In>() : nullptr};

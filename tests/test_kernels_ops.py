@@ -9,7 +9,8 @@ from mcpo_kernels import linear_logprob, sequence_logprobs
 from mcpo_kernels.linear_logprob import ops
 from mcpo_kernels.testing import Shape, make_inputs
 
-SHAPE = Shape(7, 5, 11)
+# Three panels of the vocabulary, so that there is something to leave out.
+SHAPE = Shape(7, 5, 150)
 SEQ_IDS = torch.tensor([0, 0, 1, 1, 3, 3, 3])
 DTYPES = (torch.float64, torch.bfloat16)
 

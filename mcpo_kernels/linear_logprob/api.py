@@ -34,11 +34,10 @@ def linear_logprob(  # noqa: PLR0913
     * tanh(z / c)``.
 
     The logits come in float32 straight from the accumulator and are never stored whole unless
-    ``cache_mb`` allows it. Scoring
-    under ``no_grad`` and training run the same forward, so their results are the same bits; on
-    the CPU a row's bits do not depend on the other rows either. Rows whose upstream gradient is
-    zero cost no backward, and a gradient nobody needs (a frozen head) is not computed.
-    Differentiable once. Autocast does not reach in.
+    ``cache_mb`` allows it. Scoring under ``no_grad`` and training run the same forward, so their
+    results are the same bits; on the CPU a row's bits do not depend on the other rows either. Rows
+    whose upstream gradient is zero cost no backward, and a gradient nobody needs (a frozen head) is
+    not computed. Differentiable once. Autocast does not reach in.
 
     Args:
         hidden: [N, D] final hidden states of scored tokens; bfloat16, float16, float32 or
@@ -49,13 +48,14 @@ def linear_logprob(  # noqa: PLR0913
         softcap: c, > 0.
         scale: multiplies the logits before the cap.
         cache_mb: MiB that a forward may keep for its backward, in logits of the accumulation
-            dtype, so that these are not computed twice; all of them take N * V * 4 bytes. Changes
-            no bit of any result. Only ``cpu`` makes use of it, and holds the memory of the last
-            cache for the next one; ``torch.ops.mcpo_cpu.release_cache()`` gives it back.
+            dtype, so that these are not computed twice; all of them take 4 bytes each (8 in
+            float64), V rounded up to a multiple of 64. Changes no bit of any result. Only ``cpu``
+            makes use of it, and holds the memory of the last cache for the next one;
+            ``torch.ops.mcpo_cpu.release_cache()`` gives it back.
         filter_mass: in [0, 1). If > 0, the backward of a row leaves out the parts of the
-            vocabulary that hold least of its softmax, at most this share of it together; what that
-            changes is bounded in docs/numerics.md. Values do not change. Only ``cpu`` makes use of
-            it.
+            vocabulary that hold least of its softmax, together at most this share of what the
+            target does not hold; what that changes is bounded in docs/numerics.md. Values do not
+            change. Only ``cpu`` makes use of it, and keeps N * V / 64 numbers for it.
         impl: see ``Impl``. An explicit choice never falls back.
 
     Returns:

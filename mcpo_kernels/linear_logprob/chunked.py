@@ -121,7 +121,8 @@ def backward(
         logp_N[kept_M],
         lse_N[kept_M],
     )
-    dweight_VD = torch.empty_like(head.weight_VD) if needs.weight else None
+    # new_, not _like: contiguous whatever the arguments are, as the schema's fake says.
+    dweight_VD = head.weight_VD.new_empty(head.weight_VD.shape) if needs.weight else None
     dbias_V = torch.empty_like(head.bias_V) if needs.bias and head.bias_V is not None else None
     with torch.autocast(grad_N.device.type, enabled=False):
         padded_MD = pad_rows(kept.hidden_MD)
@@ -134,7 +135,7 @@ def backward(
             slab_backward(kept, padded_MD, head, columns, dhidden_MD, gradient)
     if dhidden_MD is None:
         return Gradients(None, dweight_VD, dbias_V)
-    dhidden_ND = torch.zeros_like(saved.hidden_ND)
+    dhidden_ND = saved.hidden_ND.new_zeros(saved.hidden_ND.shape)
     num_kept, num_hidden = kept.hidden_MD.shape
     dhidden_ND[kept_M] = dhidden_MD[:num_kept, :num_hidden].to(dhidden_ND.dtype)
     return Gradients(dhidden_ND, dweight_VD, dbias_V)

@@ -70,7 +70,8 @@ def kept_panels(
     """Panels of the vocabulary whose logits are kept, and panels whose log-sum-exp is."""
     num_panels = (num_vocab + PANEL - 1) // PANEL
     panel_bytes = num_tokens * PANEL * accumulation_dtype(dtype).itemsize
-    room = int(allowance.cache_mb * 2**20)
+    # No more than a symbol can be divided into.
+    room = min(int(allowance.cache_mb * 2**20), 2**62)
     # sym_: the number of tokens may be a symbol under torch.compile, which is no int.
     cached: Any = torch.sym_min(num_panels, room // torch.sym_max(panel_bytes, 1))
     return cached, num_panels if allowance.filter_mass > 0 else 0

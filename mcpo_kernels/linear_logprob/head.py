@@ -38,7 +38,7 @@ class Allowance(NamedTuple):
     cache_mb: float
     """MiB of logits that may be kept for it."""
     filter_mass: float
-    """Share of each row's softmax that may be missing from the gradients."""
+    """Share of what the target does not hold of a row's softmax that its gradient may leave out."""
 
 
 class Scores(NamedTuple):

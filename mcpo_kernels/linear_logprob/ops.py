@@ -108,9 +108,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = Needs(*rest[-2])
     return (
-        torch.empty_like(hidden) if needs.hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs.weight else hidden.new_empty(0),
-        torch.empty_like(bias) if needs.bias and bias is not None else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        weight.new_empty(weight.shape if needs.weight else 0),
+        hidden.new_empty(bias.shape if needs.bias and bias is not None else 0),
     )
 
 

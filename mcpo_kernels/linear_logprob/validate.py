@@ -48,7 +48,8 @@ def check_allowance(cache_mb: float, filter_mass: float) -> None:
     """Raise unless both are in range; ``not`` refuses NaN too."""
     if not 0 <= cache_mb < float("inf"):
         raise ValueError(
-            f"cache_mb must be finite and >= 0, got {cache_mb}; N * V * 4 / 2**20 holds all logits"
+            f"cache_mb must be finite and >= 0, got {cache_mb}; all logits take 4 bytes each (8 in "
+            "float64), V rounded up to a multiple of 64"
         )
     if not 0 <= filter_mass < 1:
         raise ValueError(
