@@ -2,11 +2,14 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <ATen/Context.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <cstdlib>
+#include <exception>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -22,9 +25,18 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Whether oneDNN multiplies this type here; it says so by refusing.
+// Whether the processor has what oneDNN's products need, and its user left them to it. Where not,
+// torch multiplies floats with a BLAS, and does not say so: asking for a product would not tell.
+bool has_avx2() {
+  const char* given = std::getenv("ONEDNN_MAX_CPU_ISA");
+  const std::string most = given ? given : "";
+  return runnable().front() != &k_baseline && most != "SSE41" && most != "AVX";
+}
+
+// Whether oneDNN multiplies this type here. It says so by refusing, and torch by refusing first,
+// each with exceptions of its own.
 template <class Op>
-bool has_product() {
+bool can_multiply() {
   static const bool found = [] {
     std::vector<Op> a(32 * 32, Op(1)), b(32 * 32, Op(1));
     std::vector<float> c(32 * 32);
@@ -32,12 +44,18 @@ bool has_product() {
       at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a.data(), b.data(), c.data(),
                                   sizeof(Op) == 2);
       at::native::cpublas::brgemm_release(sizeof(Op) == 2);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
       return false;
     }
     return c[0] == 32.0f && c[32 * 32 - 1] == 32.0f;
   }();
   return found;
+}
+
+// torch.backends.mkldnn switches oneDNN off and on at any time.
+template <class Op>
+bool has_product() {
+  return at::globalContext().userEnabledMkldnn() && has_avx2() && can_multiply<Op>();
 }
 
 std::string capability() {

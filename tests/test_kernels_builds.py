@@ -99,15 +99,17 @@ def python(
     )
 
 
-# Products of oneDNN for AVX2, as on a processor that has no more; the plainest loops with the
-# products that there are, and as on a processor without AVX2.
+# Products of oneDNN for AVX-512 without bf16, and for AVX2, as on processors that have no more; the
+# plainest loops with the products that there are, and as on a processor without AVX2.
+AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 AVX2 = {"MCPO_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 BASELINE = {"MCPO_CPU_CAPABILITY": "baseline"}
 SSE41 = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"} | BASELINE
 BUILDS = {
+    "avx512": (AVX512, (False,), f"{RUNNABLE[0]} loops, oneDNN products, bf16 as float32"),
     "avx2": (AVX2, (False, True), "avx2 loops, oneDNN products, bf16 as float32"),
-    "baseline": (BASELINE, (False, True), "baseline loops, "),
-    "sse41": (SSE41, (False,), "baseline loops, "),
+    "baseline": (BASELINE, (False,), "baseline loops, oneDNN products, "),
+    "sse41": (SSE41, (False,), "baseline loops, portable products, bf16 as float32"),
 }
 
 
@@ -120,6 +122,18 @@ def test_grid_within_budget(variables, portables, reason):
     found = json.loads(done.stdout)
     assert found["reason"].startswith(f"compiled kernel: {reason}")
     assert found["failures"] == []
+
+
+@needs_build
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_our_own_where_onednn_is_switched_off(dtype, monkeypatch):
+    case = make_inputs(LARGE, dtype)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    switched_off = evaluate("cpu", case)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    monkeypatch.setattr(cpu, "PORTABLE", True)
+    for result, own in zip(switched_off[:3], evaluate("cpu", case)[:3], strict=True):
+        assert torch.equal(result, own)
 
 
 REASON = "import mcpo_kernels as k; print(k.available_impls()[k.Impl.CPU].reason)"
