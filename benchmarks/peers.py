@@ -146,26 +146,17 @@ def _torch_chunked() -> Head:
     )
 
 
-def _kernel() -> Head:
-    _refuse_unless_built()
-    return lambda hidden, weight, targets: linear_logprob(hidden, weight, targets, impl=Impl.CPU)
-
-
-def _kernel_cached() -> Head:
-    _refuse_unless_built()
-
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # Enough for all logits, in whatever precision they are kept.
-        cache_mb = hidden.shape[0] * weight.shape[0] * 4 / 2**20 + 1
-        return linear_logprob(hidden, weight, targets, impl=Impl.CPU, cache_mb=cache_mb)
-
-    return head
-
-
-def _refuse_unless_built() -> None:
+def _kernel(*, cached: bool) -> Head:
     state = available_impls()[Impl.CPU]
     if not state.available:
         raise Missing(f"impl='cpu' cannot run here: {state.reason}")
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        # Enough for all logits, whose columns are kept by 64.
+        cache_mb = hidden.shape[0] * (weight.shape[0] + 63) * 4 / 2**20 if cached else 0.0
+        return linear_logprob(hidden, weight, targets, impl=Impl.CPU, cache_mb=cache_mb)
+
+    return head
 
 
 def _portable() -> Head:
@@ -175,8 +166,10 @@ def _portable() -> Head:
 
 
 PEERS = (
-    Peer(name="mcpo", title="mcpo", build=_kernel, impl=Impl.CPU),
-    Peer(name="mcpo_cached", title="mcpo cached", build=_kernel_cached, impl=Impl.CPU),
+    Peer(name="mcpo", title="mcpo", build=lambda: _kernel(cached=False), impl=Impl.CPU),
+    Peer(
+        name="mcpo_cached", title="mcpo cached", build=lambda: _kernel(cached=True), impl=Impl.CPU
+    ),
     Peer(name="mcpo_portable", title="mcpo portable", build=_portable, impl=Impl.CHUNKED),
     Peer(name="eager", title="eager", build=lambda: eager),
     Peer(name="compile", title="torch.compile(eager)", build=_compiled, compiled=True),

@@ -13,11 +13,11 @@ from pathlib import Path
 from string import Template
 
 from benchmarks import tables
+from benchmarks.peers import INSTALL
 from benchmarks.rows import FULL, Row, latest, read
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = Path(__file__).with_name("page.md")
-INSTALL = "python -m pip install -c constraints.txt --no-build-isolation -e '.[bench]'"
 NONE = "None yet."
 
 

@@ -89,9 +89,9 @@ def test_a_frozen_head_gives_the_same_bits_of_the_other_gradient(dtype):
     case = make_inputs(LARGE, dtype)
     head = Head(case.weight, None, None, 1.0)
     saved = Saved(case.hidden, case.targets, cpu.forward(case.hidden, case.targets, head, PLAIN))
-    both = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
-    hidden_alone = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, False, False))
-    weight_alone = cpu.backward(case.grad, saved, head, PLAIN, Needs(False, True, False))
+    both = cpu.backward(case.grad, saved, head, 0.0, Needs(True, True, False))
+    hidden_alone = cpu.backward(case.grad, saved, head, 0.0, Needs(True, False, False))
+    weight_alone = cpu.backward(case.grad, saved, head, 0.0, Needs(False, True, False))
     assert hidden_alone.weight_VD is None
     assert torch.equal(hidden_alone.hidden_ND, both.hidden_ND)
     assert torch.equal(weight_alone.weight_VD, both.weight_VD)
@@ -136,7 +136,7 @@ def cpu_seconds(grad: torch.Tensor, saved: Saved, head: Head) -> float:
     taken: list[float] = []
     for _ in range(5):
         began = time.process_time()
-        cpu.backward(grad, saved, head, PLAIN, Needs(True, True, False))
+        cpu.backward(grad, saved, head, 0.0, Needs(True, True, False))
         taken.append(time.process_time() - began)
     return min(taken)
 
@@ -150,14 +150,14 @@ def test_memory_beyond_the_results_is_bounded():
     case.grad.fill_(1.0)
     head = Head(case.weight, None, None, 1.0)
     saved = Saved(case.hidden, case.targets, cpu.forward(case.hidden, case.targets, head, PLAIN))
-    gradients = cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
+    gradients = cpu.backward(case.grad, saved, head, 0.0, Needs(True, True, False))
     held = sum(gradient.nbytes for gradient in gradients if gradient is not None)
     del gradients
     # What earlier calls left to the allocator would hide what this one needs.
     ctypes.CDLL(None).malloc_trim(0)
     status.write_text("5")
     before = memory("VmRSS")
-    cpu.backward(case.grad, saved, head, PLAIN, Needs(True, True, False))
+    cpu.backward(case.grad, saved, head, 0.0, Needs(True, True, False))
     assert memory("VmHWM") - before - held < 24 * 2**20
 
 

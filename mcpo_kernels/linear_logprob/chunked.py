@@ -108,7 +108,7 @@ def kept_panels(
 
 
 def backward(
-    grad_N: Tensor, saved: Saved, head: Head, allowance: Allowance, needs: Needs
+    grad_N: Tensor, saved: Saved, head: Head, filter_mass: float, needs: Needs
 ) -> Gradients:
     """Gradients from those of logp; rows where ``grad_N`` is zero are left out of every GEMM."""
     # Counting the rows waits for a CUDA device once.

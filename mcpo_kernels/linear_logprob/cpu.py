@@ -78,7 +78,7 @@ def kept_panels(
 
 
 def backward(
-    grad_N: Tensor, saved: Saved, head: Head, allowance: Allowance, needs: Needs
+    grad_N: Tensor, saved: Saved, head: Head, filter_mass: float, needs: Needs
 ) -> Gradients:
     """Gradients from those of logp; rows where ``grad_N`` is zero are left out of every product."""
     gradients = torch.ops.mcpo_cpu.backward(
@@ -90,7 +90,7 @@ def backward(
         *saved.scores,
         head.softcap,
         head.scale,
-        allowance.filter_mass,
+        filter_mass,
         *needs,
         PORTABLE,
     )

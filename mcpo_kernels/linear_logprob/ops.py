@@ -67,9 +67,9 @@ def linear_logprob_backward(  # noqa: PLR0913
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dhidden, dweight, dbias), an empty tensor where ``needs`` is False."""
-    head, allowance = Head(weight, bias, softcap, scale), Allowance(0.0, filter_mass)
+    head = Head(weight, bias, softcap, scale)
     saved = Saved(hidden, targets, Scores(logp, lse, logits, panel_lse))
-    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, allowance, Needs(*needs))
+    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, filter_mass, Needs(*needs))
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return dhidden, dweight, dbias
 

@@ -53,7 +53,7 @@ def check_allowance(cache_mb: float, filter_mass: float) -> None:
         )
     if not 0 <= filter_mass < 1:
         raise ValueError(
-            f"filter_mass must be in [0, 1), a share of each row's softmax, got {filter_mass}; "
+            f"filter_mass must be in [0, 1), a share of what each target does not hold of the softmax, got {filter_mass}; "
             "0 leaves nothing out"
         )
 
