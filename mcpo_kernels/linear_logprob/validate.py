@@ -53,8 +53,8 @@ def check_allowance(cache_mb: float, filter_mass: float) -> None:
         )
     if not 0 <= filter_mass < 1:
         raise ValueError(
-            f"filter_mass must be in [0, 1), a share of what each target does not hold of the softmax, got {filter_mass}; "
-            "0 leaves nothing out"
+            "filter_mass must be in [0, 1), a share of what a row's target does not hold of its "
+            f"softmax, got {filter_mass}; 0 leaves nothing out"
         )
 
 
