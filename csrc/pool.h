@@ -1,5 +1,6 @@
-// Memory for logits caches. The last block that was given back is held for the next: it is large and
-// written whole, and pages fresh from the system cost more time than the logits in them.
+// Memory for logits caches and for gradients of weights. The last block of each that was given back
+// is held for the next: it is large and written whole, and pages fresh from the system cost more time
+// than the numbers in them.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -16,7 +17,12 @@ namespace mcpo {
 class Pool {
  public:
   // Never destroyed, since a tensor may outlive every static object.
-  static Pool& instance() {
+  static Pool& logits() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+
+  static Pool& gradients() {
     static Pool* pool = new Pool;
     return *pool;
   }
@@ -51,8 +57,8 @@ class Pool {
     if (size <= block.bytes && block.bytes <= 2 * size) return block;
     std::free(block.data);
     block = {std::aligned_alloc(kLargePage, size), size};
-    TORCH_CHECK(block.data, "no memory for a logits cache of ", size >> 20,
-                " MiB; lower cache_mb");
+    TORCH_CHECK(block.data, "no memory for ", size >> 20,
+                " MiB of logits or of a gradient; lower cache_mb");
     use_large_pages(block.data, block.bytes);
     return block;
   }

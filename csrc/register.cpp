@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, cons
               num_panels, "], got ", cached_panels);
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor logp = at::empty({num_tokens}, dtype), lse = at::empty_like(logp);
-  Tensor logits = Pool::instance().take({cached_panels, num_tokens, kColumns}, dtype);
+  Tensor logits = Pool::logits().take({cached_panels, num_tokens, kColumns}, dtype);
   Tensor panel_lse = at::empty({num_tokens, needs_panel_lse ? num_panels : 0}, dtype);
   if (num_tokens == 0) return {logp, lse, logits, panel_lse};
   choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
@@ -164,6 +164,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, cons
                                    logp.data_ptr<Acc>(), lse.data_ptr<Acc>(), plain);
   });
   return {logp, lse, logits, panel_lse};
+}
+
+// Uninitialised. Up to 32 MiB malloc keeps what it is given back by itself.
+Tensor gradient_like(const Tensor& weight) {
+  constexpr int64_t kKeptByMalloc = int64_t{32} << 20;
+  if (weight.numel() * weight.element_size() > kKeptByMalloc)
+    return Pool::gradients().take(weight.sizes(), weight.scalar_type());
+  const Tensor fresh = at::empty(weight.sizes(), weight.scalar_type());
+  use_large_pages(fresh);
+  return fresh;
 }
 
 // An empty tensor stands for a gradient that is not needed.
@@ -199,8 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
   Tensor dhidden = needs_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);
   Tensor dweight = at::empty({0}, options), dbias = at::empty({0}, options);
   if (needs_weight)
-    dweight = none ? at::zeros(weight.sizes(), options) : at::empty(weight.sizes(), options);
-  use_large_pages(dweight);
+    dweight = gradient_like(weight);
+  if (none) dweight.zero_();
   if (needs_bias && bias) dbias = at::zeros(bias->sizes(), options);
   if (none || !(needs_hidden || needs_weight || (needs_bias && bias)))
     return {dhidden, dweight, dbias};
@@ -230,8 +240,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor&
 
 TORCH_LIBRARY(mcpo_cpu, library) {
   library.def("capability() -> str", &capability);
-  library.def("cache_held() -> int", [] { return Pool::instance().held(); });
-  library.def("release_cache() -> ()", [] { Pool::instance().clear(); });
+  library.def("cache_held() -> int", [] { return Pool::logits().held() + Pool::gradients().held(); });
+  library.def("release_cache() -> ()", [] {
+    Pool::logits().clear();
+    Pool::gradients().clear();
+  });
   library.def(
       "forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
       "float scale, int cached_panels, bool needs_panel_lse, bool portable) "

@@ -277,6 +277,34 @@ def test_the_memory_of_a_cache_is_held_for_the_next_and_can_be_given_back():
 
 
 @needs_extension
+def test_the_memory_of_a_large_gradient_is_held_once_it_is_free():
+    case = make_inputs(Shape(2, 260, 33000), torch.float32)
+    weight = case.weight.requires_grad_()
+    assert weight.nbytes > 32 * 2**20
+    torch.ops.mcpo_cpu.release_cache()
+
+    def gradient(grad):
+        logp = linear_logprob(case.hidden, weight, case.targets, impl="cpu")
+        return torch.autograd.grad(logp, weight, grad)[0]
+
+    grad = torch.tensor([1.0, 2.0])
+    first = gradient(grad)
+    kept, place = first.clone(), first.data_ptr()
+    # A gradient that lives is nobody else's memory.
+    second = gradient(2 * grad)
+    assert torch.ops.mcpo_cpu.cache_held() == 0
+    assert torch.equal(first, kept)
+    assert torch.equal(second, 2 * kept)
+    del second, first
+    assert torch.ops.mcpo_cpu.cache_held() >= weight.nbytes
+    assert gradient(grad).data_ptr() == place
+    # The last user's numbers do not shine through where nothing is written.
+    assert not gradient(torch.zeros(2)).any()
+    torch.ops.mcpo_cpu.release_cache()
+    assert torch.ops.mcpo_cpu.cache_held() == 0
+
+
+@needs_extension
 @pytest.mark.parametrize("filter_mass", [0.0, 0.2])
 def test_a_frozen_side_changes_no_bit_of_the_other(filter_mass):
     case = make_inputs(LARGE, torch.bfloat16)

@@ -50,8 +50,9 @@ def linear_logprob(  # noqa: PLR0913
         cache_mb: MiB that a forward may keep for its backward, in logits of the accumulation
             dtype, so that these are not computed twice; all of them take 4 bytes each (8 in
             float64), V rounded up to a multiple of 64. Changes no bit of any result. Only ``cpu``
-            makes use of it, and holds the memory of the last cache for the next one;
-            ``torch.ops.mcpo_cpu.release_cache()`` gives it back.
+            makes use of it, and holds the memory of the last cache for the next one, as that of
+            the last gradient of a large weight; ``torch.ops.mcpo_cpu.release_cache()`` gives both
+            back.
         filter_mass: in [0, 1). If > 0, the backward of a row leaves out the parts of the
             vocabulary that hold least of its softmax, together at most this share of what the
             target does not hold; what that changes is bounded in docs/numerics.md. Values do not
