@@ -185,19 +185,22 @@ def test_a_cache_in_every_rank_changes_no_bit(world, impl):
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_the_filters_of_all_ranks_keep_to_the_bound_of_one(world, impl):
-    """docs/numerics.md, with the mass that a row may leave out shared among the ranks."""
+    """docs/numerics.md, with the mass that a row may leave out shared among the ranks.
+
+    One row, whose gradient of the bias is that of its logits: the bound is sharp there.
+    """
     mass = 0.2
-    case = make_inputs(SHAPES[3], torch.float64)
+    case = make_inputs(Shape(2, 16, 4099), torch.float64, bias=True)
+    case.grad[0] = 0.0
     exact = evaluate("reference", case)
-    actual = gather(world, case, cuts(4099)["middle empty"], impl, filter_mass=mass)
-    assert torch.equal(actual.logp, gather(world, case, cuts(4099)["middle empty"], impl).logp)
-    left_out_N = mass * -torch.expm1(exact.logp) * case.grad.abs()
-    error_N = (actual.dhidden - exact.dhidden).norm(dim=1)
-    assert (error_N <= left_out_N * case.weight.norm(dim=1).max() + 1e-12).all()
-    error = (actual.dweight - exact.dweight).norm(dim=1).sum()
-    assert error <= (left_out_N * case.hidden.norm(dim=1)).sum() + 1e-12
-    # Only the compiled head leaves anything out.
-    assert (error > 1e-6) == (impl == "cpu")
+    actual = gather(world, case, even(4099), impl, filter_mass=mass)
+    assert torch.equal(actual.logp, gather(world, case, even(4099), impl).logp)
+    left_out = mass * -torch.expm1(exact.logp[1]) * case.grad[1].abs()
+    error = (actual.dbias - exact.dbias).abs().sum()
+    assert error <= left_out * (1 + 1e-12)
+    assert (actual.dhidden - exact.dhidden)[1].norm() <= left_out * case.weight.norm(dim=1).max()
+    # Only the compiled head leaves anything out; panels are small beside what it may.
+    assert error > 0.8 * left_out if impl == "cpu" else error < 1e-9 * left_out
 
 
 def test_sequence_sums_of_a_sharded_head(world):
@@ -242,6 +245,7 @@ REFUSED_DTENSORS = {
     "bias whole": (ValueError, "weight and bias must be sharded alike.*distribute both"),
     "hidden": (TypeError, "hidden must be a plain tensor, got a DTensor.*to_local"),
     "mesh of two": (ValueError, r"mesh of one dimension, got 2; name the one.*mesh\['tp'\]"),
+    "another order": (ValueError, r"in their order, got the mesh \[2, 1, 0\]"),
     "weight over two": (ValueError, "weight must be distributed over the ranks of group"),
 }
 
@@ -269,7 +273,7 @@ REFUSED = {
     "rows": (ValueError, r"hidden.shape\[0\] must be the same on every rank.*on rank 1 .*FSDP"),
     "targets": (ValueError, "^targets must be the same on every rank.*without group inside"),
     "dtype": (ValueError, "the dtype must be the same on every rank"),
-    "scale": (ValueError, "softcap, scale and bias must be the same on every rank"),
+    "scale": (ValueError, "softcap, scale or bias must be the same on every rank"),
     "out of range": (ValueError, r"targets must be in \[0, 101\), the rows of weight"),
     "whole": (ValueError, "rows of its own.*leave group out.*these are ranks 0 and 1"),
     "upstream": (ValueError, "number of rows with gradient must be the same.*the same loss"),
@@ -302,7 +306,7 @@ def test_opcheck_of_the_sharded_ops(world, impl):
     )
 
 
-@pytest.mark.parametrize("kind", ["group", "mesh"])
+@pytest.mark.parametrize("kind", ["group", "mesh", "dtensor"])
 def test_compile_traces_a_sharded_head_whole(world, kind):
     case = make_inputs(SHAPES[0], torch.float64, **OPTIONS)
     for eager, compiled in succeed(

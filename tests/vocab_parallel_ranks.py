@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
@@ -68,7 +69,9 @@ def serve(rank: int, size: int, store: Path, pipe: Any) -> None:
                 warnings.simplefilter("error")
                 result = job(rank, *args, **options)
         except Exception as error:
-            result = type(error)(str(error))
+            # Of these alone it is known that they are made of a message.
+            known = type(error) in (ValueError, TypeError, RuntimeError)
+            result = type(error)(str(error)) if known else RuntimeError(traceback.format_exc())
         pipe.send_bytes(pickle.dumps(result))
 
 
@@ -151,6 +154,9 @@ def refuse_dtensors(rank: int, case: Case, kind: str) -> Any:
     elif kind == "weight over two":
         both = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))
         weight = distribute_tensor(case.weight, both, [Replicate(), Shard(0)])
+    elif kind == "another order":
+        backwards = DeviceMesh("cpu", list(reversed(range(size))))
+        weight = distribute_tensor(case.weight, backwards, [Shard(0)])
     elif kind == "others":
         group = dist.new_group([0])
         # Rank 0 is in that group, where the weight is not.
@@ -223,7 +229,15 @@ def compile_it(rank: int, case: Case, cut: list[int], impl: str, kind: str) -> l
         logp = scores_of(case, hidden * 2, weight, bias, group=group, impl=impl)
         return (logp * logp * case.grad).sum()
 
-    mine = slab_of(rank, case, cut)
+    if kind == "dtensor":
+        group = mesh
+        mine = replace(
+            case,
+            weight=distribute_tensor(case.weight, mesh, [Shard(0)]),
+            bias=distribute_tensor(case.bias, mesh, [Shard(0)]),
+        )
+    else:
+        mine = slab_of(rank, case, cut)
     results = []
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for function in (loss, compiled):
@@ -233,7 +247,9 @@ def compile_it(rank: int, case: Case, cut: list[int], impl: str, kind: str) -> l
             warnings.simplefilter("ignore")
             value = function(*leaves)
             value.backward()
-        results.append([value.detach(), *(tensor.grad for tensor in leaves)])
+        grads = [tensor.grad for tensor in leaves]
+        local = [each.to_local() if isinstance(each, DTensor) else each for each in grads]
+        results.append([value.detach(), *local])
     return results
 
 

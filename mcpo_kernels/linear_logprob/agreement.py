@@ -27,32 +27,29 @@ def digest(tensor: Tensor) -> Tensor:
     return (bits * (spread ^ (spread >> 32))).sum()
 
 
-def gather_numbers(
-    numbers: Sequence[int | Tensor], group: ProcessGroup, device: torch.device
-) -> Tensor:
-    """[R, K] the numbers of every rank."""
-    given = [torch.as_tensor(number, dtype=torch.int64, device=device) for number in numbers]
-    row_K = torch.stack(given)
+def gather_row(numbers: Sequence[int], digests: Sequence[Tensor], group: ProcessGroup) -> Tensor:
+    """[R, K] the numbers and digests of every rank."""
+    digest_K = torch.stack(list(digests))
+    row_K = torch.cat([torch.tensor(numbers, device=digest_K.device), digest_K])
     table = row_K.new_empty(group.size() * row_K.numel())
     dist.all_gather_single(table, row_K, group=group)
     return table.view(group.size(), -1)
 
 
 def check_same(table_RK: Tensor, names: Sequence[str], advice: str) -> None:
-    """Raise unless the first columns, those named, are the same for all ranks.
+    """Raise unless each column is the same for all ranks.
 
     Every rank sees the same table, so all raise or none does. On a CUDA device the check is an
     assertion on the device, which nothing waits for and which says less.
     """
-    named_RK = table_RK[:, : len(names)]
-    same_K = (named_RK == named_RK[0]).all(0)
+    same_K = (table_RK == table_RK[0]).all(0)
     if table_RK.device.type != "cpu":
         message = f"{', '.join(names)} must be the same on every rank of group; {advice}"
         torch.ops.aten._assert_async.msg(same_K.all(), message)
         return
-    for name, same, values_R in zip(names, same_K.tolist(), named_RK.T, strict=True):
+    for name, same, value_R in zip(names, same_K.tolist(), table_RK.T, strict=True):
         if not same:
-            rank = int((values_R != values_R[0]).nonzero()[0])
+            rank = int((value_R != value_R[0]).nonzero()[0])
             raise ValueError(
                 f"{name} must be the same on every rank of group, got another one on rank {rank} "
                 f"than on rank 0; {advice}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -73,10 +74,10 @@ def _is_whole(name: str, tensor: Any, group: ProcessGroup) -> bool:
         return False
     mesh, placements = tensor.device_mesh, tensor.placements
     ranks = dist.get_process_group_ranks(group)
-    if mesh.ndim != 1 or mesh.mesh.tolist() != ranks:
+    if mesh.ndim != 1 or _ranks_of(mesh) != ranks:
         raise ValueError(
             f"{name} must be distributed over the ranks of group in their order, got the mesh "
-            f"{mesh.mesh.tolist()} and the ranks {ranks}; pass group=weight.device_mesh where that "
+            f"{_ranks_of(mesh)} and the ranks {ranks}; pass group=weight.device_mesh where that "
             "is the mesh of tensor parallelism"
         )
     (placement,) = placements
@@ -91,6 +92,12 @@ def _is_whole(name: str, tensor: Any, group: ProcessGroup) -> bool:
         f"{name} must be placed as Shard(0), by rows of the vocabulary, or Replicate(), got "
         f"{placement}; redistribute it, e.g. {name}.redistribute(placements=[Shard(0)])"
     )
+
+
+# To torch.compile the tensor in a mesh is one whose numbers it does not know.
+@torch.compiler.assume_constant_result
+def _ranks_of(mesh: DeviceMesh) -> list[int]:
+    return mesh.mesh.tolist()
 
 
 def _local(tensor: Any) -> Tensor:

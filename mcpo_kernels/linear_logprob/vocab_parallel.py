@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from mcpo_kernels.linear_logprob import ops, validate
-from mcpo_kernels.linear_logprob.agreement import check_same, digest, gather_numbers
+from mcpo_kernels.linear_logprob.agreement import check_same, digest, gather_row
 from mcpo_kernels.linear_logprob.head import (
     Allowance,
     Head,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-SAME = ("hidden.shape[0]", "hidden.shape[1]", "the dtype", "targets", "softcap, scale and bias")
+SAME = ("hidden.shape[0]", "hidden.shape[1]", "the dtype", "softcap, scale or bias", "targets")
 SAME_ADVICE = (
     "hidden and targets are whole on every rank and only weight and bias are sharded; ranks that "
     "train on other rows, as FSDP's do, call this without group inside the forward of the module "
@@ -76,7 +76,7 @@ def vocab_parallel_logprob(  # noqa: PLR0913
         partial = ops.IMPLEMENTATIONS[impl].partial(hidden, place_N, head, allowance)
     else:
         partial = empty_slab(hidden)
-    owner_N = torch.searchsorted(end_R, targets, right=True)
+    owner_N = torch.searchsorted(end_R, targets.contiguous(), right=True)
     return *merge(partial, owner_N, group), place_N, partial.logits_PNC, partial.panel_lse_NQ
 
 
@@ -85,7 +85,7 @@ def sum_over_group(part: torch.Tensor, grad: torch.Tensor, group_name: str) -> t
     """[N, D] the sum of every rank's part; rows whose upstream gradient is 0 are 0."""
     group = resolve_group(group_name)
     kept_M = grad.nonzero().squeeze(1)
-    table_RK = gather_numbers([len(kept_M), digest(kept_M)], group, part.device)
+    table_RK = gather_row([len(kept_M)], [digest(kept_M)], group)
     names = ("the number of rows with gradient", "the rows with gradient")
     check_same(table_RK, names, GRADIENT_ADVICE)
     num_ranks, height = group.size(), -(-len(kept_M) // group.size())
@@ -117,19 +117,16 @@ def agree(hidden_ND: Tensor, target_N: Tensor, head: Head, group: ProcessGroup) 
     """
     options = struct.pack("dd?", head.softcap or 0.0, head.scale, head.bias_V is not None)
     num_slab = head.weight_VD.shape[0]
+    dtype = validate.FLOAT_DTYPES.index(hidden_ND.dtype)
     # Not all of the slab is read: a few rows tell two slabs apart.
-    rows = [0, num_slab // 2, num_slab - 1] if num_slab else []
-    numbers = [
-        *hidden_ND.shape,
-        validate.FLOAT_DTYPES.index(hidden_ND.dtype),
-        digest(target_N),
-        zlib.crc32(options),
-        num_slab,
-        digest(head.weight_VD[rows]),
-    ]
-    table_RK = gather_numbers(numbers, group, hidden_ND.device)
-    check_same(table_RK, SAME, SAME_ADVICE)
-    size_R, digest_R = table_RK[:, -2], table_RK[:, -1]
+    sample = (
+        [head.weight_VD[row] for row in (0, num_slab // 2, -1)] if num_slab else [hidden_ND[:0]]
+    )
+    numbers = [num_slab, *hidden_ND.shape, dtype, zlib.crc32(options)]
+    digests = [digest(target_N), digest(torch.cat(sample))]
+    table_RK = gather_row(numbers, digests, group)
+    check_same(table_RK[:, 1:-1], SAME, SAME_ADVICE)
+    size_R, digest_R = table_RK[:, 0], table_RK[:, -1]
     validate.check_slabs(size_R, digest_R)
     return size_R
 
