@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
@@ -186,6 +187,19 @@ def differ(rank: int, case: Case, cut: list[int], kind: str) -> Any:
     if kind == "upstream":
         logp[: 3 + rank].sum().backward()
     return None
+
+
+def train_on_other_rows(rank: int, case: Case, given: bool) -> Any:
+    """FSDP2's weight outside its module, and rows of this rank; ``given``: with FSDP's mesh."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    module = torch.nn.Linear(*reversed(case.weight.shape), bias=False, dtype=torch.float64)
+    fully_shard(module, mesh=mesh)
+    hidden, targets = case.hidden + rank, case.targets.roll(rank)
+    return linear_logprob(hidden, module.weight, targets, group=mesh if given else None)
+
+
+def sum_parts(rank: int, parts: list[torch.Tensor], grad: torch.Tensor) -> torch.Tensor:
+    return vocab_parallel.sum_over_group(parts[rank], grad, dist.group.WORLD.group_name)
 
 
 def second_derivative(rank: int, case: Case, cut: list[int]) -> None:
