@@ -10,17 +10,16 @@ namespace mcpo {
 
 namespace {
 
-// Maximum, sum and target logit of every row, by part.
+// Maximum and sum of every row, by part.
 template <class Acc>
-struct Partial {
-  Partial(int64_t num_parts, int64_t num_tokens)
-      : maximum(num_parts * num_tokens), sum(num_parts * num_tokens), target(num_tokens) {
+struct Parts {
+  Parts(int64_t num_parts, int64_t num_tokens)
+      : maximum(num_parts * num_tokens), sum(num_parts * num_tokens) {
     std::fill(maximum.data, maximum.data + num_parts * num_tokens,
               -std::numeric_limits<Acc>::infinity());
     std::fill(sum.data, sum.data + num_parts * num_tokens, Acc(0));
-    std::fill(target.data, target.data + num_tokens, Acc(0));
   }
-  Buffer<Acc> maximum, sum, target;
+  Buffer<Acc> maximum, sum;
 };
 
 template <class In, class Acc>
@@ -40,22 +39,20 @@ void fold_tile(const Problem<In, Acc>& problem, Acc* tile, int64_t first_row, in
   }
 }
 
-// logp = (target - maximum) - log(sum): the difference of the large terms first loses nothing.
 template <class Acc>
-void merge(const Partial<Acc>& partial, int64_t num_parts, int64_t num_tokens, Acc* logp,
-           Acc* lse) {
+void merge(const Parts<Acc>& parts, int64_t num_parts, int64_t num_tokens,
+           const Partial<Acc>& result) {
   at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       Acc maximum = -std::numeric_limits<Acc>::infinity(), sum = 0;
       for (int64_t part = 0; part < num_parts; ++part)
-        maximum = std::max(maximum, partial.maximum.data[part * num_tokens + n]);
+        maximum = std::max(maximum, parts.maximum.data[part * num_tokens + n]);
       const Acc shift = std::isinf(maximum) && maximum < 0 ? Acc(0) : maximum;
       for (int64_t part = 0; part < num_parts; ++part)
-        sum += partial.sum.data[part * num_tokens + n] *
-               std::exp(partial.maximum.data[part * num_tokens + n] - shift);
-      const Acc log_sum = std::log(sum);
-      logp[n] = (partial.target.data[n] - maximum) - log_sum;
-      lse[n] = maximum + log_sum;
+        sum += parts.sum.data[part * num_tokens + n] *
+               std::exp(parts.maximum.data[part * num_tokens + n] - shift);
+      result.maximum[n] = maximum;
+      result.sum[n] = sum;
     }
   });
 }
@@ -63,7 +60,7 @@ void merge(const Partial<Acc>& partial, int64_t num_parts, int64_t num_tokens, A
 }  // namespace
 
 template <class In, class Op, class Acc>
-void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp, Acc* lse,
+void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, const Partial<Acc>& result,
              bool portable) {
   const int64_t num_tokens = problem.num_tokens, num_hidden = problem.num_hidden;
   const int64_t inner = round_up(num_hidden, kInner<Op>), stride = round_up(inner, 32) + 32;
@@ -75,7 +72,8 @@ void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp
   const int64_t num_panels = ceil_div(problem.num_vocab, kColumns);
   const int64_t num_parts = std::min(num_panels, kParts);
   const int64_t num_tiles = ceil_div(num_tokens, kRows), groups = groups_for(num_parts, num_tiles);
-  Partial<Acc> partial(num_parts, num_tokens);
+  Parts<Acc> parts(num_parts, num_tokens);
+  std::fill(result.target_logit, result.target_logit + num_tokens, Acc(0));
 
   const int64_t threads = at::get_num_threads(), panel_size = inner * kColumns;
   Buffer<Op> panels(threads * panel_size), scratches(threads * 16 * inner);
@@ -99,27 +97,27 @@ void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp
         Acc* logits = in_place ? kept : tile;
         product(std::min(kRows, padded - row), kColumns, inner, hidden.data + row * stride, stride,
                 panel, kColumns, logits, kColumns, false);
-        fold_tile(problem, logits, row, rows, column, width, partial.maximum.data + place,
-                  partial.sum.data + place, partial.target.data + row,
+        fold_tile(problem, logits, row, rows, column, width, parts.maximum.data + place,
+                  parts.sum.data + place, result.target_logit + row,
                   cache.panel_lse ? cache.panel_lse + row * num_panels + p : nullptr, num_panels);
         if (kept && !in_place) std::copy_n(tile, rows * kColumns, kept);
       }
     }
     product.release();
   });
-  merge(partial, num_parts, num_tokens, logp, lse);
+  merge(parts, num_parts, num_tokens, result);
 }
 
 template void forward<at::BFloat16, at::BFloat16, float>(const Problem<at::BFloat16, float>&,
-                                                         const Cache<float>&, float*, float*,
-                                                         bool);
+                                                         const Cache<float>&,
+                                                         const Partial<float>&, bool);
 template void forward<at::BFloat16, float, float>(const Problem<at::BFloat16, float>&,
-                                                  const Cache<float>&, float*, float*, bool);
+                                                  const Cache<float>&, const Partial<float>&, bool);
 template void forward<at::Half, float, float>(const Problem<at::Half, float>&, const Cache<float>&,
-                                              float*, float*, bool);
+                                              const Partial<float>&, bool);
 template void forward<float, float, float>(const Problem<float, float>&, const Cache<float>&,
-                                           float*, float*, bool);
+                                           const Partial<float>&, bool);
 template void forward<double, double, double>(const Problem<double, double>&,
-                                              const Cache<double>&, double*, double*, bool);
+                                              const Cache<double>&, const Partial<double>&, bool);
 
 }  // namespace mcpo

@@ -75,10 +75,18 @@ struct Upstream {
   In* dbias;        // [V]; null where not needed
 };
 
-// logp and lse [N]. Op is the type of the operands of the products; `portable` asks for the
-// products of vector.inc instead of oneDNN's.
+// What the columns at hand say of each row, all [N]. A target that is none of them leaves 0.
+template <class Acc>
+struct Partial {
+  Acc* maximum;
+  Acc* sum;  // of exp(z - maximum)
+  Acc* target_logit;
+};
+
+// Op is the type of the operands of the products; `portable` asks for the products of vector.inc
+// instead of oneDNN's.
 template <class In, class Op, class Acc>
-void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, Acc* logp, Acc* lse,
+void forward(const Problem<In, Acc>& problem, const Cache<Acc>& cache, const Partial<Acc>& result,
              bool portable);
 
 template <class In, class Op, class Acc>

@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <exception>
 #include <string>
@@ -139,30 +140,64 @@ Cache<Acc> cache_of(const Tensor& logits, const Tensor& panel_lse) {
           panel_lse.numel() > 0 ? panel_lse.data_ptr<Acc>() : nullptr};
 }
 
-// (logp [N], lse [N], logits [cached_panels, N, 64], panel_lse [N, panels or 0])
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, const Tensor& weight,
-                                                      const Tensor& targets,
-                                                      const OptionalTensor& bias,
-                                                      std::optional<double> softcap, double scale,
-                                                      int64_t cached_panels, bool needs_panel_lse,
-                                                      bool portable) {
+// (maximum [N], sum [N], target_logit [N], logits [cached_panels, N, 64], panel_lse [N, panels or
+// 0]) of the columns at hand, of which a target need not be one.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> partial_op(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+    std::optional<double> softcap, double scale, int64_t cached_panels, bool needs_panel_lse,
+    bool portable) {
   check(hidden, weight, targets, bias);
   TORCH_CHECK(known(hidden.scalar_type()), "no kernel for ", hidden.scalar_type());
   const int64_t num_tokens = hidden.size(0), num_panels = ceil_div(weight.size(0), kColumns);
   TORCH_CHECK(0 <= cached_panels && cached_panels <= num_panels, "cached_panels must be in [0, ",
               num_panels, "], got ", cached_panels);
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor logp = at::empty({num_tokens}, dtype), lse = at::empty_like(logp);
+  Tensor maximum = at::empty({num_tokens}, dtype), sum = at::empty_like(maximum);
+  Tensor target_logit = at::empty_like(maximum);
   Tensor logits = Pool::logits().take({cached_panels, num_tokens, kColumns}, dtype);
   Tensor panel_lse = at::empty({num_tokens, needs_panel_lse ? num_panels : 0}, dtype);
-  if (num_tokens == 0) return {logp, lse, logits, panel_lse};
+  if (num_tokens == 0) return {maximum, sum, target_logit, logits, panel_lse};
   choose(hidden.scalar_type(), portable, [&](auto in, auto op, auto acc, bool plain) {
     using In = decltype(in);
     using Acc = decltype(acc);
     const Inputs<In, Acc> inputs(hidden, weight, targets, bias, softcap, scale);
-    forward<In, decltype(op), Acc>(inputs.problem, cache_of<Acc>(logits, panel_lse),
-                                   logp.data_ptr<Acc>(), lse.data_ptr<Acc>(), plain);
+    const Partial<Acc> result{maximum.data_ptr<Acc>(), sum.data_ptr<Acc>(),
+                              target_logit.data_ptr<Acc>()};
+    forward<In, decltype(op), Acc>(inputs.problem, cache_of<Acc>(logits, panel_lse), result, plain);
   });
+  return {maximum, sum, target_logit, logits, panel_lse};
+}
+
+// logp = (target - maximum) - log(sum): the difference of the large terms first loses nothing.
+template <class Acc>
+void finish_rows(const Tensor& maximum, const Tensor& sum, const Tensor& target_logit, Acc* logp,
+                 Acc* lse) {
+  const Acc* m = maximum.const_data_ptr<Acc>();
+  const Acc* s = sum.const_data_ptr<Acc>();
+  const Acc* z = target_logit.const_data_ptr<Acc>();
+  at::parallel_for(0, maximum.numel(), 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const Acc log_sum = std::log(s[n]);
+      logp[n] = (z[n] - m[n]) - log_sum;
+      lse[n] = m[n] + log_sum;
+    }
+  });
+}
+
+// (logp [N], lse [N], logits and panel_lse as above)
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(const Tensor& hidden, const Tensor& weight,
+                                                      const Tensor& targets,
+                                                      const OptionalTensor& bias,
+                                                      std::optional<double> softcap, double scale,
+                                                      int64_t cached_panels, bool needs_panel_lse,
+                                                      bool portable) {
+  const auto [maximum, sum, target_logit, logits, panel_lse] = partial_op(
+      hidden, weight, targets, bias, softcap, scale, cached_panels, needs_panel_lse, portable);
+  Tensor logp = at::empty_like(maximum), lse = at::empty_like(maximum);
+  if (maximum.scalar_type() == at::kDouble)
+    finish_rows(maximum, sum, target_logit, logp.data_ptr<double>(), lse.data_ptr<double>());
+  else
+    finish_rows(maximum, sum, target_logit, logp.data_ptr<float>(), lse.data_ptr<float>());
   return {logp, lse, logits, panel_lse};
 }
 
@@ -250,6 +285,10 @@ TORCH_LIBRARY(mcpo_cpu, library) {
       "float scale, int cached_panels, bool needs_panel_lse, bool portable) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "partial(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
+      "float scale, int cached_panels, bool needs_panel_lse, bool portable) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
       "Tensor logp, Tensor lse, Tensor logits, Tensor panel_lse, float? softcap, float scale, "
       "float filter_mass, bool needs_hidden, bool needs_weight, bool needs_bias, bool portable) "
@@ -258,6 +297,7 @@ TORCH_LIBRARY(mcpo_cpu, library) {
 
 TORCH_LIBRARY_IMPL(mcpo_cpu, CPU, library) {
   library.impl("forward", &forward_op);
+  library.impl("partial", &partial_op);
   library.impl("backward", &backward_op);
 }
 

@@ -153,7 +153,15 @@ def assert_within_budget(impl: Impl | str, case: Case, *, filter_mass: float = 0
     Raises:
         AssertionError: an error exceeds its budget; says which, and both numbers.
     """
-    actual = evaluate(impl, case, filter_mass=filter_mass)
+    assert_results_within_budget(evaluate(impl, case, filter_mass=filter_mass), case)
+
+
+def assert_results_within_budget(actual: Results, case: Case) -> None:
+    """The same of results however obtained.
+
+    Raises:
+        AssertionError: as ``assert_within_budget``.
+    """
     oracle = evaluate(Impl.REFERENCE, case.to(torch.float64))
     accumulation = accumulation_dtype(case.hidden.dtype)
     naive = Results(evaluate(Impl.REFERENCE, case.to(accumulation)).logp, *_naive_gradients(case))

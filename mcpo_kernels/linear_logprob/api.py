@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcpo_kernels.impl import Impl, resolve
-from mcpo_kernels.linear_logprob import ops, reference, validate
+from mcpo_kernels.linear_logprob import ops, reference, sharding, validate, vocab_parallel
 from mcpo_kernels.linear_logprob.head import Head
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 # More arguments than the house limit: each option is a keyword of its own.
@@ -26,6 +28,7 @@ def linear_logprob(  # noqa: PLR0913
     scale: float = 1.0,
     cache_mb: float = 0.0,
     filter_mass: float = 0.0,
+    group: ProcessGroup | DeviceMesh | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Log-probability of each row's target under the language-model head.
@@ -43,7 +46,7 @@ def linear_logprob(  # noqa: PLR0913
         hidden: [N, D] final hidden states of scored tokens; bfloat16, float16, float32 or
             float64.
         weight: [V, D] weight of the head, same dtype and device.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V), V that of the whole head.
         bias: [V] of the head, same dtype and device.
         softcap: c, > 0.
         scale: multiplies the logits before the cap.
@@ -57,24 +60,43 @@ def linear_logprob(  # noqa: PLR0913
             vocabulary that hold least of its softmax, together at most this share of what the
             target does not hold; what that changes is bounded in docs/numerics.md. Values do not
             change. Only ``cpu`` makes use of it, and keeps N * V / 64 numbers for it.
+        group: the ranks, or a mesh of one dimension, over which the head is sharded by rows of the
+            vocabulary. ``weight`` and ``bias`` are then the slab of this rank, in the order of
+            ranks, of any size and possibly empty, or DTensors ``Shard(0)`` over that group;
+            ``Replicate()`` DTensors are used as the whole head. ``hidden`` and ``targets`` are
+            whole and the same on every rank, which all make this call and differentiate the same
+            loss. Every rank gets the same bits of the values and of dhidden, which comes summed
+            over the group, and dweight and dbias of its slab. What is checked of this, and what is not, is in
+            docs/vocab_parallel.md.
         impl: see ``Impl``. An explicit choice never falls back.
 
     Returns:
         [N] float32, float64 for float64 inputs.
 
     Raises:
-        ValueError: a shape, device or value does not fit, or there is no such ``impl``.
-        TypeError: a dtype does not fit, or ``weight`` is a DTensor.
+        ValueError: a shape, device or value does not fit, there is no such ``impl``, a DTensor is
+            placed in another way, or the ranks of ``group`` differ in what must be the same.
+        TypeError: a dtype does not fit, ``weight`` is a DTensor and there is no ``group``, or
+            ``hidden`` is one.
         RuntimeError: ``impl`` cannot run here.
     """
-    validate.check_inputs(hidden, weight, targets, bias, softcap)
+    group_name, num_ranks = None, 1
+    if group is not None:
+        weight, bias, group_name, num_ranks = sharding.local_slab(weight, bias, group)
+    slab = group_name is not None
+    validate.check_inputs(hidden, weight, targets, bias, softcap, slab=slab)
     validate.check_allowance(cache_mb, filter_mass)
     chosen = resolve(impl, hidden.device, hidden.dtype).impl
     if chosen is Impl.REFERENCE:
+        validate.check_impl_takes_group(group_name)
         validate.check_targets(targets, weight.shape[0])
         return reference.token_logprobs(hidden, targets, Head(weight, bias, softcap, scale))
     if not _needs_backward(hidden, weight, bias):
         cache_mb = filter_mass = 0.0
+    if group_name is not None:
+        # What the ranks leave out of a row adds up to at most filter_mass.
+        options = (softcap, scale, cache_mb, filter_mass / num_ranks, chosen.value, group_name)
+        return vocab_parallel.vocab_parallel_logprob(hidden, weight, targets, bias, *options)[0]
     return ops.linear_logprob(
         hidden, weight, targets, bias, softcap, scale, cache_mb, filter_mass, chosen.value
     )[0]
@@ -93,6 +115,7 @@ def sequence_logprobs(  # noqa: PLR0913
     scale: float = 1.0,
     cache_mb: float = 0.0,
     filter_mass: float = 0.0,
+    group: ProcessGroup | DeviceMesh | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Sum of ``linear_logprob`` over the rows of each sequence.
@@ -108,6 +131,7 @@ def sequence_logprobs(  # noqa: PLR0913
         scale: as in ``linear_logprob``.
         cache_mb: as in ``linear_logprob``.
         filter_mass: as in ``linear_logprob``.
+        group: as in ``linear_logprob``; ``seq_ids`` are the same on every rank too.
         impl: as in ``linear_logprob``.
 
     Returns:
@@ -128,6 +152,7 @@ def sequence_logprobs(  # noqa: PLR0913
         scale=scale,
         cache_mb=cache_mb,
         filter_mass=filter_mass,
+        group=group,
         impl=impl,
     )
     return ops.segment_sum(logp_N, seq_ids, num_seqs)

@@ -27,10 +27,12 @@ from mcpo_kernels.linear_logprob.head import (
     Gradients,
     Head,
     Needs,
+    Partial,
     Saved,
     Scores,
     accumulation_dtype,
     empty_kept,
+    finish,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +81,13 @@ class SlabGradient(NamedTuple):
 
 def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Scores:
     """Log-probabilities; nothing of the allowance is used."""
+    partial_scores = partial(hidden_ND, target_N, head, allowance)
+    logp_N, lse_N = finish(*partial_scores[:3])
+    return Scores(logp_N, lse_N, *partial_scores[3:])
+
+
+def partial(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Partial:
+    """What the columns of ``head`` say of each row; nothing of the allowance is used."""
     num_tokens, device = hidden_ND.shape[0], hidden_ND.device
     dtype = accumulation_dtype(hidden_ND.dtype)
     max_N = torch.full((num_tokens,), -torch.inf, dtype=dtype, device=device)
@@ -94,10 +103,7 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowanc
                 found_R = tile_RW.gather(1, place_R1).squeeze(1)
                 target_logit_N[rows] = torch.where(inside_R, found_R, target_logit_N[rows])
                 max_N[rows], sum_N[rows] = fold_tile(tile_RW, max_N[rows], sum_N[rows])
-    log_sum_N = sum_N.log()
-    # Not target_logit - lse: the difference of the large terms first loses nothing.
-    logp_N, lse_N = (target_logit_N - max_N) - log_sum_N, max_N + log_sum_N
-    return Scores(logp_N, lse_N, *empty_kept(hidden_ND))
+    return Partial(max_N, sum_N, target_logit_N, *empty_kept(hidden_ND))
 
 
 def kept_panels(

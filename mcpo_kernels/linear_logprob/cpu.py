@@ -17,6 +17,7 @@ from mcpo_kernels.linear_logprob.head import (
     Gradients,
     Head,
     Needs,
+    Partial,
     Saved,
     Scores,
     accumulation_dtype,
@@ -47,20 +48,29 @@ AVAILABLE, REASON = _load()
 
 def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Scores:
     """Log-probabilities, and what the allowance lets the backward find again."""
+    return Scores(*torch.ops.mcpo_cpu.forward(*_arguments(hidden_ND, target_N, head, allowance)))
+
+
+def partial(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Partial:
+    """What the columns of ``head`` say of each row, and what the backward may find again."""
+    return Partial(*torch.ops.mcpo_cpu.partial(*_arguments(hidden_ND, target_N, head, allowance)))
+
+
+def _arguments(
+    hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance
+) -> tuple[Any, ...]:
     num_tokens, num_vocab = hidden_ND.shape[0], head.weight_VD.shape[0]
     cached_panels, lse_panels = kept_panels(num_tokens, num_vocab, hidden_ND.dtype, allowance)
-    return Scores(
-        *torch.ops.mcpo_cpu.forward(
-            hidden_ND,
-            head.weight_VD,
-            target_N,
-            head.bias_V,
-            head.softcap,
-            head.scale,
-            cached_panels,
-            lse_panels > 0,
-            PORTABLE,
-        )
+    return (
+        hidden_ND,
+        head.weight_VD,
+        target_N,
+        head.bias_V,
+        head.softcap,
+        head.scale,
+        cached_panels,
+        lse_panels > 0,
+        PORTABLE,
     )
 
 

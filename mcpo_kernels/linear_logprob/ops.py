@@ -15,6 +15,7 @@ from mcpo_kernels.impl import Impl
 from mcpo_kernels.linear_logprob import chunked, cpu, validate
 from mcpo_kernels.linear_logprob.head import (
     Allowance,
+    Gradients,
     Head,
     Needs,
     Saved,
@@ -69,9 +70,21 @@ def linear_logprob_backward(  # noqa: PLR0913
     """(dhidden, dweight, dbias), an empty tensor where ``needs`` is False."""
     head = Head(weight, bias, softcap, scale)
     saved = Saved(hidden, targets, Scores(logp, lse, logits, panel_lse))
-    gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, filter_mass, Needs(*needs))
+    if weight.shape[0] > 0:
+        gradients = IMPLEMENTATIONS[impl].backward(grad, saved, head, filter_mass, Needs(*needs))
+    else:
+        gradients = no_columns(hidden, head, Needs(*needs))
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return dhidden, dweight, dbias
+
+
+def no_columns(hidden_ND: Tensor, head: Head, needs: Needs) -> Gradients:
+    """Gradients of a slab of the vocabulary without columns, see ``vocab_parallel``."""
+    return Gradients(
+        hidden_ND.new_zeros(hidden_ND.shape) if needs.hidden else None,
+        torch.empty_like(head.weight_VD) if needs.weight else None,
+        None if head.bias_V is None or not needs.bias else torch.empty_like(head.bias_V),
+    )
 
 
 @torch.library.custom_op("mcpo::segment_sum", mutates_args=())
@@ -140,7 +153,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | 
     return dhidden, dweight, None, dbias, *[None] * 5
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    """The autograd rule of a backward."""
     raise RuntimeError(
         "linear_logprob can be differentiated once; use impl='reference' for second derivatives"
     )
@@ -156,5 +170,5 @@ def _spread(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 linear_logprob.register_autograd(_differentiate, setup_context=_save)
-linear_logprob_backward.register_autograd(_refuse_second_derivative)
+linear_logprob_backward.register_autograd(refuse_second_derivative)
 segment_sum.register_autograd(_spread, setup_context=_save_seq_ids)

@@ -13,10 +13,21 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_inputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    *,
+    slab: bool = False,
 ) -> None:
-    """Raise unless shapes, dtypes and devices fit; looks at no values, so nothing waits."""
-    _check_weight_is_whole(weight)
+    """Raise unless shapes, dtypes and devices fit; looks at no values, so nothing waits.
+
+    ``slab``: the weight is that of one rank of a group and may have no rows.
+    """
+    _check_plain(hidden, weight, targets, bias)
+    if not slab:
+        _check_weight_is_whole(weight)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be [N, D] and weight [V, D] with the same D, got "
@@ -76,15 +87,16 @@ def check_segments(hidden: Tensor, seq_ids: Tensor, num_seqs: int) -> None:
         )
 
 
-def check_targets(targets: Tensor, num_vocab: int) -> None:
+def check_targets(targets: Tensor, num_vocab: int | Tensor) -> None:
     """Raise unless every target is in [0, V).
 
     On a CUDA device the check is an assertion on the device, which nothing waits for and which
-    says less.
+    says less; V may be a tensor there.
     """
     valid = (targets >= 0) & (targets < num_vocab)
+    limit = num_vocab if isinstance(num_vocab, int) else "V"
     message = (
-        f"targets must be in [0, {num_vocab}), the rows of weight; leave rows that are not scored "
+        f"targets must be in [0, {limit}), the rows of weight; leave rows that are not scored "
         "out instead of marking them, e.g. with hidden[scored] and targets[scored]"
     )
     _check_values(targets, valid, message)
@@ -108,13 +120,52 @@ def _check_values(values: Tensor, valid: Tensor, message: str) -> None:
         raise ValueError(f"{message}; got {int(values[row])} (first of {int((~valid).sum())})")
 
 
-def _check_weight_is_whole(weight: Tensor) -> None:
-    # By attribute, so that torch.distributed need not be imported to ask.
-    if hasattr(weight, "placements"):
-        raise TypeError(
-            "weight must be a plain tensor, got a DTensor sharded by FSDP2 or tensor parallelism; "
-            "call this inside the forward of the module that owns the weight, where it is gathered"
+def check_slabs(size_R: Tensor, digest_R: Tensor) -> None:
+    """Raise if two ranks hold the same rows of the head; on CUDA as ``check_targets``.
+
+    The digests are of a few rows, and 0 where those are all zeros, as in a head before training.
+    """
+    same_RR = (size_R == size_R[:, None]) & (digest_R == digest_R[:, None]) & (digest_R != 0)
+    same_RR = same_RR.tril(-1)
+    message = (
+        "every rank of group must hold rows of its own of the head, got the same weight on two; "
+        "pass each rank its slab, or leave group out where the head is whole"
+    )
+    if same_RR.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(same_RR.logical_not().all(), message)
+    elif same_RR.any():
+        later, earlier = same_RR.nonzero()[0].tolist()
+        raise ValueError(f"{message}; these are ranks {earlier} and {later}")
+
+
+def check_impl_takes_group(group_name: str | None) -> None:
+    """Raise if there is a group; for the reference."""
+    if group_name is not None:
+        raise RuntimeError(
+            "impl='reference' cannot run here: it takes the whole head, got a slab and a group; "
+            "gather the weight for it, e.g. weight.full_tensor(), or use 'chunked' or 'auto'"
         )
+
+
+def _check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    # By attribute, so that torch.distributed need not be imported to ask.
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if hasattr(tensor, "placements"):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor sharded by FSDP2 or tensor "
+                "parallelism; call this inside the forward of the module that owns the weight, "
+                "where it is gathered; for a head that tensor parallelism shards by rows, with "
+                "the same rows of hidden on every rank, pass group= too"
+            )
+    for name, tensor in (("hidden", hidden), ("targets", targets)):
+        if hasattr(tensor, "placements"):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; make it whole on every rank and "
+                f"take that, e.g. {name}.redistribute(placements=[Replicate()]).to_local()"
+            )
+
+
+def _check_weight_is_whole(weight: Tensor) -> None:
     if weight.numel() == 0:
         raise ValueError(
             f"weight must have elements, got shape {list(weight.shape)}; a weight partitioned by "
