@@ -66,8 +66,8 @@ def linear_logprob(  # noqa: PLR0913
             ``Replicate()`` DTensors are used as the whole head. ``hidden`` and ``targets`` are
             whole and the same on every rank, which all make this call and differentiate the same
             loss. Every rank gets the same bits of the values and of dhidden, which comes summed
-            over the group, and dweight and dbias of its slab. What is checked of this, and what is not, is in
-            docs/vocab_parallel.md.
+            over the group, and dweight and dbias of its slab. What is checked of this, and what is
+            not, is in docs/vocab_parallel.md.
         impl: see ``Impl``. An explicit choice never falls back.
 
     Returns:
