@@ -53,13 +53,15 @@ def packed(layout: PrefixLayout) -> Generator[None]:
         _layout.reset(token)
 
 
-def checkpointed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+def checkpointed_layers(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     """The layers of a model that ask for checkpointing, for ``SelectiveRecompute``.
 
     Raises:
         ValueError: there is none.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = tuple(
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    )
     if not layers:
         raise ValueError(
             f"the layers of {type(model).__name__} must be transformers' "

@@ -72,7 +72,9 @@ class SelectiveRecompute:
                 "SelectiveRecompute for every forward"
             )
         self._recorded = True
-        before = [{name: getattr(layer, name, None) for name in _SWITCHES} for layer in self._layers]
+        before = [
+            {name: getattr(layer, name, None) for name in _SWITCHES} for layer in self._layers
+        ]
         try:
             for layer in self._layers:
                 _switch(layer, (True, partial(self._run, layer)))

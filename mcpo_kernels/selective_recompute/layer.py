@@ -112,9 +112,7 @@ class LayerCall:
             options = function.keywords
             arguments = (*function.args, *arguments)
             function = function.func
-        places = tuple(
-            place for place, value in enumerate(arguments) if _is_differentiable(value)
-        )
+        places = tuple(place for place, value in enumerate(arguments) if _is_differentiable(value))
         others = [None if place in places else value for place, value in enumerate(arguments)]
         if any(_needs_gradient(value) for value in (*others, *options.values())):
             raise NotImplementedError(
@@ -178,7 +176,8 @@ class Replayed(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Through the chosen rows; the others have no gradient and get zeros."""
-        if not torch.autograd._is_checkpoint_valid():
+        # It has no public name.
+        if not torch.autograd._is_checkpoint_valid():  # pyright: ignore[reportPrivateUsage]
             raise RuntimeError(
                 "recomputed layers put gradients into parameters, so they need loss.backward() "
                 "without inputs=, got torch.autograd.grad or inputs="
@@ -199,9 +198,13 @@ class Replayed(Function):
         found = tuple(tensor.grad for tensor in inputs)
         if rows is None:
             return None, None, *found
-        return None, None, *(
-            None if gradient is None else rows.scatter(gradient, dim)
-            for gradient, dim in zip(found, ctx.dims, strict=True)
+        return (
+            None,
+            None,
+            *(
+                None if gradient is None else rows.scatter(gradient, dim)
+                for gradient, dim in zip(found, ctx.dims, strict=True)
+            ),
         )
 
 

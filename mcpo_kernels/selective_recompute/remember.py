@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from mcpo_kernels.selective_recompute.rows import row_dim
 
 _TOPK = (torch.topk, torch.Tensor.topk)
+_ASKED = frozenset((*_TOPK, functional.linear))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,9 @@ class Noting(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call, and note what is worth it."""
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if func not in _ASKED:
+            return result
         if func in _TOPK and _chooses_by_row(args, kwargs, self._num_tokens):
             self._noted.append((None, result[1], result[1]._version))
         elif self._products and _is_product_of_rows(func, args, self._num_tokens):
@@ -84,6 +87,8 @@ class Telling(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Answer from the notes, or call."""
+        if func not in _ASKED:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in _TOPK and _chooses_by_row(args, kwargs, self._num_rows):
             index = self._next(None)
@@ -127,10 +132,10 @@ class _KnownLinear(Function):
 
     @staticmethod
     def backward(
-        ctx: Any, doutput_1RO: Tensor
+        ctx: Any, *doutputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         input_1RD, weight_OD = ctx.saved_tensors
-        doutput_RO = doutput_1RO[0]
+        doutput_RO = doutputs[0][0]
         dinput_1RD = dweight_OD = dbias_O = None
         if ctx.needs_input_grad[0]:
             dinput_1RD = (doutput_RO @ weight_OD)[None]

@@ -73,7 +73,16 @@ class Rows:
                 return [self.restrict(entry) for entry in value]
             case Mapping():
                 return {name: self.restrict(entry) for name, entry in value.items()}
-            case None | bool() | int() | float() | str() | torch.dtype() | torch.device() | nn.Module():
+            case (
+                None
+                | bool()
+                | int()
+                | float()
+                | str()
+                | torch.dtype()
+                | torch.device()
+                | nn.Module()
+            ):
                 return value
             case _:
                 raise NotImplementedError(
