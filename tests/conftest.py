@@ -75,6 +75,15 @@ def build_model(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@pytest.fixture
+def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softmax in the dtype of its input, where models ask for float32; see ``tiny_models``."""
+    softmax = torch.softmax
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda logits, dim, **_: softmax(logits, dim)
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer()

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from mcpo_kernels.prefix_attention.layout import PrefixLayout
 
 
+CHANGED = (
+    "the input of a layer must stay as it was until its backward, and one was changed in place; "
+    "train this model without recompute"
+)
+
+
 class Choice:
     """The rows of one forward, open until they are chosen; its layers share it."""
 
@@ -67,10 +73,7 @@ class Held:
 
     def _check(self, number: int) -> None:
         if self.tensors[number]._version != self.versions[number]:
-            raise RuntimeError(
-                "the input of a layer must stay as it was until its backward, and one was changed "
-                "in place; use recompute 'off' with this model"
-            )
+            raise RuntimeError(CHANGED)
 
     def __getitem__(self, number: int) -> Tensor:
         """The tensor as it is now."""
@@ -117,12 +120,12 @@ class LayerCall:
         if any(_needs_gradient(value) for value in (*others, *options.values())):
             raise NotImplementedError(
                 "a tensor that needs a gradient must be a positional argument of its layer, got "
-                "one among its keywords or inside a tuple; use recompute 'off' with this model"
+                "one among its keywords or inside a tuple; train this model without recompute"
             )
         if not places:
             raise NotImplementedError(
                 "a layer must get its hidden states as a positional argument to be replayed, got "
-                "none; use recompute 'off' with this model"
+                "none; train this model without recompute"
             )
         devices = dict.fromkeys(("cpu", *(arguments[place].device.type for place in places)))
         autocast = tuple(
@@ -160,6 +163,7 @@ class Replayed(Function):
         choice = call.choice
         noting = Noting(choice.layout.num_tokens, products=choice.keep_products)
         before = _random_state(tensors[0].device)
+        versions = [tensor._version for tensor in tensors]
         with noting:
             output = call.run(tensors, None)
         if not torch.equal(before, _random_state(tensors[0].device)):
@@ -167,6 +171,8 @@ class Replayed(Function):
                 "a layer must not draw random numbers when it is replayed on other rows, and this "
                 "one did; switch dropout and router noise off"
             )
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError(CHANGED)
         ctx.call = call
         ctx.notes, answers = noting.finish()
         ctx.dims = tuple(row_dim(tensor, choice.layout.num_tokens) for tensor in tensors)
