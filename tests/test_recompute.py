@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import sharded_step
 import torch
-from conftest import build_model
+from conftest import build_model, torchrun
 from test_step import GROUPS as STEP_GROUPS
 from test_step import references_of
 from tiny_models import CONFIGS, float64_model
 from torch.nn.functional import logsigmoid
+from transformers import LlamaConfig
 
 from mcpo.cli import make_config
 from mcpo.engine.single import SingleEngine
@@ -214,10 +216,10 @@ def test_auto_leaves_a_model_alone_whose_layers_cannot_be_replayed() -> None:
     found = resolved(model=torch.nn.Linear(1, 1))
     assert found.mode == "none"
     assert "GradientCheckpointingLayers to be recomputed" in found.reason
+    bare = build_model()
+    bare.model.layers = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="and it has none; train it without recompute"):
-        layers = build_model()
-        layers.model.layers = torch.nn.ModuleList()
-        Policy(layers, head_impl="auto", autocast_dtype=None, recompute="full")
+        Policy(bare, head_impl="auto", autocast_dtype=None, recompute="full")
 
 
 def test_one_option_under_two_names_is_refused() -> None:
@@ -226,7 +228,8 @@ def test_one_option_under_two_names_is_refused() -> None:
 
 
 def test_modes_need_less_memory_in_this_order() -> None:
-    sizes = [activation_bytes(MODEL.config, 100, mode) for mode in ("none", "light", "full")]
+    deep = LlamaConfig(num_hidden_layers=12)
+    sizes = [activation_bytes(deep, 100, mode) for mode in ("none", "light", "full")]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -244,3 +247,19 @@ def test_a_run_decodes_and_scores_as_without_recompute() -> None:
 
 
 BATCH_OF_STEP = pack(STEP_GROUPS, share_prefix=True)
+
+
+def test_hooks_of_fsdp2_fire_once_forth_and_once_back() -> None:
+    """One process, whose parameters are gathered and freed as those of many."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        sharded_step.main()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_processes() -> None:
+    torchrun({}, 2, job="tests/sharded_step.py")
