@@ -19,7 +19,8 @@ from mcpo.pack import pack
 from mcpo.policy import Policy, unpacked
 from mcpo.recompute import activation_bytes, device_memory, resolve_recompute
 from mcpo.records import TokenizedGroup
-from mcpo.step import StepWork, segments_with_gradient, train_step
+from mcpo.reference_cache import ReferenceLogps
+from mcpo.step import NonFiniteError, StepWork, segments_with_gradient, train_step
 
 RECOMPUTING = ("light", "selective", "full")
 
@@ -177,6 +178,21 @@ def test_a_step_is_the_same_in_every_mode(
     torch.testing.assert_close(same, weights, rtol=0, atol=1e-4 * moved)
 
 
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_what_is_not_finite_is_reported_as_without_recompute(mode: str) -> None:
+    engine = engine_of(mode)
+    logps = references_of(engine).logps
+    broken = ReferenceLogps(logps={**logps, "r2": (float("nan"),) * len(logps["r2"])})
+    batches = (pack(STEP_GROUPS, share_prefix=True),)
+    work = StepWork(step=4, batches=batches, num_prompts=6)
+    with pytest.raises(NonFiniteError, match=r"the loss of rows \['r2'\] is not finite"):
+        train_step(engine, work, broken, make_config({}))
+    with torch.no_grad():
+        next(engine.policy.parameters())[7:] = torch.inf
+    with pytest.raises(NonFiniteError, match="step 4: the loss of rows"):
+        train_step(engine, work, references_of(engine_of("none")), make_config({}))
+
+
 MODEL = build_model()
 
 
@@ -239,14 +255,18 @@ def test_processes_share_the_memory_of_a_machine() -> None:
     assert device_memory(torch.device("cpu"), 4) == whole // 4
 
 
-def test_a_run_decodes_and_scores_as_without_recompute() -> None:
-    """Outside of a step the layers are as they were: caches work, in training mode too."""
+def test_outside_of_a_step_the_layers_are_as_they_were() -> None:
+    """Checkpointed layers in training mode drop the cache, and decoding would go wrong."""
     policy = engine_of("light").policy
-    policy(BATCH_OF_STEP, policy.recompute_of(BATCH_OF_STEP)).sum().backward()
-    assert not any(layer.gradient_checkpointing for layer in policy.model.model.layers)
-
-
-BATCH_OF_STEP = pack(STEP_GROUPS, share_prefix=True)
+    batch = pack(STEP_GROUPS, share_prefix=True)
+    token_BL = torch.tensor([[2, 10, 11]])
+    with unpacked(policy) as model:
+        before = model(token_BL, use_cache=True)
+    policy(batch, policy.recompute_of(batch)).sum().backward()
+    with unpacked(policy) as model:
+        after = model(token_BL, use_cache=True)
+    assert before.past_key_values.get_seq_length() == 3
+    assert after.past_key_values.get_seq_length() == 3
 
 
 def test_hooks_of_fsdp2_fire_once_forth_and_once_back() -> None:

@@ -4,96 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replayed_layers import (
+    CHOSEN,
+    KEPT,
+    LAYOUT,
+    MASK,
+    Block,
+    D,
+    T,
+    assert_same,
+    gradients,
+    inputs,
+    make_layers,
+    plainly,
+    run,
+    start,
+    weighted,
+)
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mcpo_kernels import PrefixLayout, prefix_attention
+from mcpo_kernels import PrefixLayout
 from mcpo_kernels.prefix_attention.layout import PackedMask
 from mcpo_kernels.selective_recompute.api import SelectiveRecompute
-from mcpo_kernels.selective_recompute.layer import poisoned
-
-# Two prompts; segment 3 is a candidate of one token, which is no input.
-LAYOUT = PrefixLayout((4, 3, 2, 0, 5, 2, 3, 1), (-1, 0, 0, 0, 0, -1, 5, 5))
-CHOSEN = (1, 4, 7)
-# Rows of segments 0, 1, 4, 5 and 7.
-KEPT = [*range(7), *range(9, 16), 19]
-T, D = LAYOUT.num_tokens, 8
-MASK = PackedMask(LAYOUT, None)
-
-
-class Block(GradientCheckpointingLayer):
-    """Attention over the layout and a feed-forward, and a note of every input's shape."""
-
-    def __init__(self, *, inplace: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.project, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D, bias=False)
-        self.inplace, self.dropout = inplace, nn.Dropout(dropout)
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, hidden, *others, mask, **options):
-        self.seen.append(hidden.detach())
-        mixed = self.project(hidden)
-        if self.inplace:
-            mixed.mul_(2.0)
-        query, key, value = mixed[0].T.reshape(3, 2, D // 2, -1).mT.unbind(0)
-        attended = prefix_attention(query, key, value, mask.layout, window=mask.window)
-        output = hidden + self.out(self.dropout(attended.transpose(0, 1).flatten(1)[None]).tanh())
-        for other in others:
-            output = output * other
-        return output
-
-
-def make_layers(count: int = 2, **settings) -> nn.ModuleList:
-    torch.manual_seed(0)
-    return nn.ModuleList(Block(**settings) for _ in range(count)).double().train()
-
-
-def inputs(seed: int = 1, *, grad: bool = True) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.randn(1, T, D, generator=generator, dtype=torch.float64)
-    return tensor.requires_grad_(grad)
-
-
-def run(layers: nn.ModuleList, hidden: torch.Tensor, *others, **options) -> torch.Tensor:
-    for layer in layers:
-        hidden = layer(hidden, *others, mask=MASK, **options)
-    return hidden
-
-
-def weighted(output: torch.Tensor, rows=KEPT) -> torch.Tensor:
-    """A loss that depends on some rows alone."""
-    upstream = torch.linspace(-1, 1, len(rows) * D, dtype=output.dtype).view(len(rows), D)
-    return (output[0, rows] * upstream).sum()
-
-
-def gradients(layers: nn.ModuleList, *tensors: torch.Tensor) -> list[torch.Tensor | None]:
-    leaves = [*layers.parameters(), *tensors]
-    found = [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return found
-
-
-def assert_same(ours, plain) -> None:
-    # Some hundred roundings of float64.
-    assert len(ours) == len(plain)
-    for mine, theirs in zip(ours, plain, strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13 * theirs.abs().max().item())
-
-
-def plainly(layers: nn.ModuleList, hidden: torch.Tensor, *others) -> list[torch.Tensor | None]:
-    weighted(run(layers, hidden, *others)).backward()
-    return gradients(layers, hidden, *others)
-
-
-def start(layers: nn.ModuleList, hidden, *others, keep_products=False, **options):
-    recompute = SelectiveRecompute(layers, LAYOUT, keep_products=keep_products)
-    with recompute.recording():
-        output = run(layers, hidden, *others, **options)
-    return recompute, output
 
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["selective", "light"])
@@ -348,130 +282,3 @@ def test_tokens_go_to_the_experts_they_were_scored_with() -> None:
     scored, replayed = layer.chosen
     assert 0 < sum(scored) < T
     assert replayed == [scored[row] for row in KEPT]
-
-
-@pytest.mark.parametrize(
-    ("segments", "message"), [((9,), r"must be in \[0, 8\).*got 9"), ((), "got none")]
-)
-def test_bad_choices_are_explained(segments: tuple[int, ...], message: str) -> None:
-    recompute, _ = start(make_layers(), inputs())
-    with pytest.raises(ValueError, match=message):
-        recompute.choose(segments)
-
-
-def test_a_choice_comes_once_between_forward_and_backward() -> None:
-    layers = make_layers()
-    with pytest.raises(RuntimeError, match=r"must follow the forward inside recording\(\)"):
-        SelectiveRecompute(layers, LAYOUT).choose(CHOSEN)
-    recompute, output = start(layers, inputs())
-    recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="once and before the backward, got a second call"):
-        recompute.choose(CHOSEN)
-    recompute, output = start(layers, inputs())
-    weighted(output).backward()
-    with pytest.raises(RuntimeError, match="once and before the backward"):
-        recompute.choose(CHOSEN)
-
-
-@pytest.mark.parametrize("row", [7, 16])
-def test_a_gradient_in_a_row_that_was_not_chosen_is_refused(row: int) -> None:
-    layers = make_layers()
-    recompute, output = start(layers, inputs())
-    recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="gradient reached rows that were not chosen"):
-        weighted(output, [*KEPT[:3], row]).backward()
-    recompute, output = start(layers, inputs())
-    recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="gradient reached rows that were not chosen"):
-        (weighted(output) + torch.nan * output[0, row].sum()).backward()
-
-
-def test_where_looking_would_wait_a_lost_gradient_makes_nan() -> None:
-    gradient = torch.ones(2, 3)
-    assert poisoned(gradient, torch.tensor(True)).isnan().all()
-    assert torch.equal(poisoned(gradient, torch.tensor(False)), gradient)
-
-
-def test_the_model_must_train() -> None:
-    layers = make_layers().eval()
-    recompute = SelectiveRecompute(layers, LAYOUT)
-    with (
-        pytest.raises(RuntimeError, match=r"no layer asked to be checkpointed.*in training mode"),
-        recompute.recording(),
-    ):
-        run(layers, inputs())
-
-
-@pytest.mark.parametrize("wanted", ["grad", "inputs"])
-def test_gradients_of_chosen_tensors_are_refused(wanted: str) -> None:
-    layers, hidden = make_layers(), inputs()
-    recompute, output = start(layers, hidden)
-    recompute.choose(CHOSEN)
-    loss = weighted(output)
-    ask = {
-        "grad": lambda: torch.autograd.grad(loss, hidden),
-        "inputs": lambda: loss.backward(inputs=[hidden]),
-    }
-    with pytest.raises(RuntimeError, match=r"need loss\.backward\(\) without inputs="):
-        ask[wanted]()
-
-
-def test_random_numbers_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"must not draw random.*switch dropout"):
-        start(make_layers(dropout=0.5), inputs())
-
-
-class Overwriting(Block):
-    def forward(self, hidden, **options):
-        output = super().forward(hidden, **options)
-        hidden.detach().zero_()
-        return output
-
-
-def test_an_input_changed_in_place_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="changed in place"):
-        start(nn.ModuleList([Overwriting()]).double().train(), inputs())
-    hidden = inputs()
-    recompute, output = start(make_layers(), hidden)
-    hidden.detach().zero_()
-    with pytest.raises(RuntimeError, match="changed in place"):
-        recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="changed in place"):
-        weighted(output).backward()
-
-
-def test_arguments_that_cannot_be_followed_are_refused() -> None:
-    layers, hidden = make_layers(), inputs()
-    table = torch.ones(1, T, 2, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="must be a positional argument of its layer"):
-        start(layers, hidden, table=(table,))
-    recompute = SelectiveRecompute(layers, LAYOUT)
-    with (
-        pytest.raises(NotImplementedError, match="hidden states as a positional argument"),
-        recompute.recording(),
-    ):
-        layers[0](hidden=hidden.detach(), mask=MASK)
-    for value, message in (
-        (torch.ones(2, T), rf"\[1, T, \.\.\.\] or \[T, \.\.\.\], T = {T} .*got \[2, {T}\]"),
-        (object(), "a PackedMask, numbers or texts.*got object"),
-    ):
-        recompute, output = start(layers, hidden, value=value)
-        recompute.choose(CHOSEN)
-        with pytest.raises(NotImplementedError, match=message):
-            weighted(output).backward()
-
-
-class Fickle(Block):
-    def forward(self, hidden, **options):
-        if self.seen:
-            hidden = self.out(hidden)
-        return super().forward(hidden, **options)
-
-
-def test_a_layer_that_runs_otherwise_the_second_time_is_refused() -> None:
-    torch.manual_seed(0)
-    layers = nn.ModuleList([Fickle()]).double().train()
-    recompute, output = start(layers, inputs(), keep_products=True)
-    recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="same linear layers in the same order"):
-        weighted(output).backward()

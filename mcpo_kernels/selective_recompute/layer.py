@@ -230,8 +230,9 @@ def _go_back(outputs: Any, gradients: tuple[Tensor | None, ...], rows: Rows | No
 def _kept_gradient(gradient: Tensor, rows: Rows) -> Tensor:
     """The kept rows of what comes from above; the dropped ones must hold zeros.
 
-    On the CPU anything else raises. Elsewhere looking would wait for the device, so it makes the
-    gradient NaN, and no wrong number comes out either way.
+    On the CPU another number raises. Elsewhere looking would wait for the device, so it makes the
+    gradient NaN, and no wrong number comes out either way. NaN makes NaN everywhere, as it would
+    in a whole backward.
     """
     dim = row_dim(gradient, rows.whole.num_tokens)
     if dim is None:
@@ -239,14 +240,16 @@ def _kept_gradient(gradient: Tensor, rows: Rows) -> Tensor:
     kept = gradient.index_select(dim, rows.kept_R)
     if rows.is_everything:
         return kept
-    lost = gradient.index_select(dim, rows.dropped_Q).ne(0).any()
+    others = gradient.index_select(dim, rows.dropped_Q)
+    lost = others.ne(0).any()
     if gradient.device.type == "cpu":
-        if bool(lost):
+        if not bool(lost):
+            return kept
+        if not bool(others.isnan().any()):
             raise RuntimeError(
                 "a gradient reached rows that were not chosen, so their share would be lost; "
                 "choose every segment that the loss depends on, or do not choose at all"
             )
-        return kept
     return poisoned(kept, lost)
 
 
