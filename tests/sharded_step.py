@@ -1,9 +1,12 @@
-"""What test_recompute.py runs under torchrun: a step of FSDP2 in every mode, against one process.
+"""What test_recompute.py runs: a step of DDP and of FSDP2 in every mode, against one process.
 
 torchrun --nproc-per-node 2 tests/sharded_step.py
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -11,12 +14,14 @@ from conftest import build_model
 from test_step import GROUPS
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import logsigmoid
+from torch.nn.parallel import DistributedDataParallel
 
 from mcpo.pack import pack
 from mcpo.policy import Policy
 
 # Of four prompts the first pool candidate is drawn.
 BATCHES = [pack([group], share_prefix=True) for group in GROUPS[:4]]
+Step = Callable[[Policy, list[int]], None]
 MODES = ("none", "light", "selective", "full")
 
 
@@ -49,28 +54,39 @@ def whole_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return found
 
 
-def check(mode: str, *, frozen: bool) -> None:
+def step_of_ddp(policy: Policy, numbers: list[int]) -> None:
+    """Gradients are reduced in the last micro-batch."""
+    module = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    with module.no_sync():
+        go_back(policy, module, numbers[:-1])
+    go_back(policy, module, numbers[-1:])
+
+
+def step_of_fsdp2(policy: Policy, numbers: list[int]) -> None:
+    for layer in policy.model.model.layers:
+        fully_shard(layer)
+    fully_shard(policy)
+    go_back(policy, policy, numbers)
+
+
+def check(mode: str, step: Step, *, frozen: bool) -> None:
     alone = policy_in("none", frozen=frozen)
     go_back(alone, alone, [0, 1, 2, 3])
     expected = whole_gradients(alone)
     policy = policy_in(mode, frozen=frozen)
-    for layer in policy.model.model.layers:
-        fully_shard(layer)
-    fully_shard(policy)
     size = dist.get_world_size()
-    go_back(policy, policy, list(range(dist.get_rank(), 4, size)))
+    step(policy, list(range(dist.get_rank(), 4, size)))
     found = whole_gradients(policy)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        # FSDP averages over ranks. Llama's norms compute in float32 whatever the weights.
+        # Both average over ranks. Llama's norms compute in float32 whatever the weights.
         error = (found[name] * size - gradient).abs().max()
         assert error <= 1e-5 * gradient.abs().max(), (mode, frozen, name, float(error))
 
 
 def main() -> None:
-    for mode in MODES:
-        for frozen in (False, True):
-            check(mode, frozen=frozen)
+    for mode, step, frozen in product(MODES, (step_of_ddp, step_of_fsdp2), (False, True)):
+        check(mode, step, frozen=frozen)
 
 
 if __name__ == "__main__":

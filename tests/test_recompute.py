@@ -269,7 +269,7 @@ def test_outside_of_a_step_the_layers_are_as_they_were() -> None:
     assert after.past_key_values.get_seq_length() == 3
 
 
-def test_hooks_of_fsdp2_fire_once_forth_and_once_back() -> None:
+def test_hooks_of_ddp_and_fsdp2_find_what_they_expect() -> None:
     """One process, whose parameters are gathered and freed as those of many."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -281,5 +281,5 @@ def test_hooks_of_fsdp2_fire_once_forth_and_once_back() -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_on_two_processes() -> None:
+def test_ddp_and_fsdp2_on_two_processes() -> None:
     torchrun({}, 2, job="tests/sharded_step.py")
