@@ -25,9 +25,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mcpo_kernels import PrefixLayout
+from mcpo_kernels import PrefixLayout, SelectiveRecompute
 from mcpo_kernels.prefix_attention.layout import PackedMask
-from mcpo_kernels.selective_recompute.api import SelectiveRecompute
 
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["selective", "light"])

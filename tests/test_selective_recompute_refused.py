@@ -19,7 +19,7 @@ from replayed_layers import (
 )
 from torch import nn
 
-from mcpo_kernels.selective_recompute.api import SelectiveRecompute
+from mcpo_kernels import SelectiveRecompute
 from mcpo_kernels.selective_recompute.layer import poisoned
 
 
