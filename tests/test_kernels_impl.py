@@ -111,7 +111,7 @@ def test_the_interpreter_takes_tensors_on_the_cpu_and_no_bfloat16(monkeypatch):
     monkeypatch.setattr(entry, "INTERPRETED", True)
     assert resolve("triton", CPU, torch.float16).impl is Impl.TRITON
     assert "for tests alone" in available_impls()[Impl.TRITON].reason
-    with pytest.raises(RuntimeError, match="under TRITON_INTERPRET it takes .* got cuda"):
+    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET it takes .* got cuda"):
         resolve("triton", CUDA, torch.float32)
     with pytest.raises(RuntimeError, match="interpreter multiplies the bits of bfloat16"):
         resolve("triton", CPU, torch.bfloat16)

@@ -1,8 +1,9 @@
 """The Triton kernels in Triton's interpreter, which decides at import whether it interprets.
 
-So these tests run in a process of their own, started by the first of them. By hand:
+So these tests and those of ``test_kernels_triton_filter.py`` run in a process of their own, started
+by the first of them. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest -m interpret tests/test_kernels_triton.py
+    TRITON_INTERPRET=1 python -m pytest -m interpret
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcpo_kernels import linear_logprob, sequence_logprobs
-from mcpo_kernels.linear_logprob.head import PANEL
 from mcpo_kernels.linear_logprob.triton import entry
 from mcpo_kernels.testing import SHAPES, Shape, assert_within_budget, evaluate, make_inputs
 
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from mcpo_kernels.linear_logprob import ops
-from mcpo_kernels.linear_logprob.triton import backward, forward, logits, selection, tiles
+from mcpo_kernels.linear_logprob.triton import backward, forward, logits, tiles
 from mcpo_kernels.linear_logprob.triton.launch import Launch
 from mcpo_kernels.linear_logprob.triton.rows import rows_with_gradient
 from mcpo_kernels.linear_logprob.triton.slab import slabs
@@ -46,13 +46,6 @@ SEVERAL = Shape(19, 8, 389)
 HEADS = {"plain": {}, "all": {"bias": True, "softcap": 30.0, "scale": 2.0}}
 
 
-@pytest.fixture
-def narrow_slabs(monkeypatch):
-    """Slabs of one tile instead of 256 MiB."""
-    monkeypatch.setattr(tiles, "SCRATCH_MIB", 0)
-    monkeypatch.setattr(tiles, "SLAB_MULTIPLE", 128)
-
-
 def same_bits(first, second):
     return all(
         one is other or torch.equal(one, other) for one, other in zip(first, second, strict=True)
@@ -60,7 +53,8 @@ def same_bits(first, second):
 
 
 def test_the_kernels_in_the_interpreter():
-    arguments = ["-m", "interpret", "-q", "-x", str(Path(__file__))]
+    files = [str(path) for path in Path(__file__).parent.glob("test_kernels_triton*.py")]
+    arguments = ["-m", "interpret", "-q", "-x", *files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=ROOT,
@@ -262,85 +256,6 @@ def test_the_backward_asks_the_device_for_no_number():
         case.grad.nonzero()
 
 
-# The filter.
-
-
-def needed_panels(case, filter_mass):
-    scores = ops.Scores(
-        *ops.linear_logprob(
-            case.hidden, case.weight, case.targets, None, None, 1.0, 0.0, filter_mass, "triton"
-        )
-    )
-    found = rows_with_gradient(case.grad, backward.Saved(case.hidden, case.targets, scores))
-    return scores, found, selection.select(found, scores, filter_mass)
-
-
-@interpreted
-def test_panels_hold_what_their_columns_hold():
-    case = make_inputs(SEVERAL, torch.float32)
-    scores, *_ = needed_panels(case, 0.1)
-    logit = torch.nn.functional.pad(
-        case.hidden @ case.weight.T, (0, -389 % PANEL), value=-torch.inf
-    )
-    expected = logit.view(19, -1, PANEL).logsumexp(2)
-    torch.testing.assert_close(scores.panel_lse_NQ, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("filter_mass", [0.01, 0.3])
-@interpreted
-def test_exactly_the_smallest_panels_may_be_left_out(filter_mass):
-    """The rule by a sort, in the order of docs/numerics.md."""
-    case = make_inputs(SEVERAL, torch.float32)
-    scores, found, needed = needed_panels(case, filter_mass)
-    count = int(found.count_1)
-    assert not needed.panel_NQ[count:].any()
-    for place, row in enumerate(found.row_N[:count].tolist()):
-        mass = (scores.panel_lse_NQ[row] - scores.lse_N[row]).exp()
-        spared = filter_mass * -scores.logp_N[row].double().expm1()
-        ascending = mass.sort().values
-        left_out = int((ascending.double().cumsum(0) <= spared).sum())
-        expected = mass >= ascending[left_out]
-        expected[case.targets[row] // PANEL] = True
-        assert torch.equal(needed.panel_NQ[place], expected)
-
-
-@interpreted
-def test_what_is_no_number_needs_everything():
-    case = make_inputs(RAGGED, torch.float32)
-    case.grad[4], case.hidden[7, 0], case.grad[7] = torch.nan, torch.nan, 1.0
-    _, found, needed = needed_panels(case, 0.5)
-    rows = found.row_N.tolist()
-    assert needed.panel_NQ[rows.index(4)].all()
-    assert needed.panel_NQ[rows.index(7)].all()
-
-
-@interpreted
-def test_the_filter_keeps_to_its_bound_and_leaves_tiles_out(narrow_slabs):
-    """The bounds of docs/numerics.md, and one rounding of the exact gradient each."""
-    case = make_inputs(SEVERAL, torch.float32, bias=True, scale=1.5)
-    case.targets.remainder_(128)
-    case.bias[128:384] -= 12.0
-    exact, filtered = evaluate("triton", case), evaluate("triton", case, filter_mass=0.01)
-    assert torch.equal(filtered.logp, exact.logp)
-    assert filtered.dbias[128:384].count_nonzero() == 0
-    assert filtered.dweight[128:384].count_nonzero() == 0
-    assert exact.dweight[128:384].count_nonzero() > 0
-    left_out = case.grad.abs() * 0.01 * -exact.logp.expm1() * 1.5
-    rounding = torch.finfo(torch.float32).eps * 389
-    error = (filtered.dhidden - exact.dhidden).norm(dim=1)
-    size = exact.dhidden.norm(dim=1)
-    assert (error <= left_out * case.weight.norm(dim=1).max() + rounding * size).all()
-    error = (filtered.dweight - exact.dweight).norm(dim=1).sum()
-    assert error <= (left_out * case.hidden.norm(dim=1)).sum() + rounding * exact.dweight.norm()
-    assert (filtered.dbias - exact.dbias).abs().sum() <= left_out.sum() + rounding
-
-
-@interpreted
-def test_a_filter_of_next_to_nothing_is_within_the_budget_of_the_whole(narrow_slabs):
-    case = make_inputs(SEVERAL, torch.float16, **HEADS["all"])
-    assert_within_budget("triton", case, filter_mass=1e-20)
-
-
 # The op.
 
 
@@ -407,6 +322,28 @@ def test_no_kernel_multiplies_by_the_length_of_a_row_itself():
 
 
 @triton.jit
+def pair_kernel(result_ptr, num_first, num_second, GROUP: tl.constexpr):
+    first, second = logits.block_pair(tl.program_id(0), num_first, num_second, GROUP)
+    tl.store(result_ptr + 2 * tl.program_id(0), first)
+    tl.store(result_ptr + 2 * tl.program_id(0) + 1, second)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("blocks", [(1, 1), (8, 2), (9, 3), (2, 5)], ids=str)
+@interpreted
+def test_every_pair_of_blocks_has_one_program(blocks, group):
+    first, second = blocks
+    result = torch.full((first * second, 2), -1)
+    pair_kernel[(first * second,)](result, first, second, GROUP=group)
+    pairs = [tuple(pair) for pair in result.tolist()]
+    assert sorted(pairs) == [(one, other) for one in range(first) for other in range(second)]
+    # A group goes through all of the second axis before the next begins.
+    assert {pair[0] for pair in pairs[: second * min(group, first)]} == set(
+        range(min(group, first))
+    )
+
+
+@triton.jit
 def tanh_kernel(x_ptr, result_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(result_ptr + offs, logits.tanh(tl.load(x_ptr + offs)))
@@ -429,7 +366,7 @@ def test_tanh_is_within_two_units_in_the_last_place():
 
 
 @interpreted
-def test_the_interpreter_has_tiles_of_its_own_and_multiplies_exactly(monkeypatch):
+def test_the_interpreter_has_tiles_of_its_own_and_multiplies_exactly():
     torch.set_float32_matmul_precision("medium")
     try:
         assert Launch.of(torch.zeros(1)) == ("interpreter", "fp32", "ieee")

@@ -35,10 +35,9 @@ def linear_logprob(  # noqa: PLR0913
 
     The logits come in float32 straight from the accumulator and are never stored whole unless
     ``cache_mb`` allows it. Scoring under ``no_grad`` and training run the same forward, so their
-    results are the same bits; in ``cpu``, ``triton`` and, on the CPU, ``chunked`` a row's bits do not
-    depend on the other rows either. Rows
-    whose upstream gradient is zero cost no backward, and a gradient nobody needs (a frozen head) is
-    not computed. Differentiable once. Autocast does not reach in.
+    results are the same bits; but for ``chunked`` on a device, a row's bits do not depend on the
+    other rows either. Rows whose upstream gradient is zero cost no backward, and a gradient nobody
+    needs (a frozen head) is not computed. Differentiable once. Autocast does not reach in.
 
     Args:
         hidden: [N, D] final hidden states of scored tokens; bfloat16, float16, float32 or
