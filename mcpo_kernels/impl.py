@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mcpo_kernels.linear_logprob import cpu
+from mcpo_kernels.linear_logprob.triton import entry as triton
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,15 @@ class Impl(str, Enum):
 
     ``auto`` picks by this table, first row that fits:
 
-    ======  =====  =======  ======================================================
-    device  dtype  choice   reason
-    ======  =====  =======  ======================================================
-    cpu     any    cpu      compiled kernel; where the C++ extension was built
-    any     any    chunked  portable torch; the logits are never held whole
-    ======  =====  =======  ======================================================
+    ======  ================  =======  ===================================================
+    device  dtype             choice   reason
+    ======  ================  =======  ===================================================
+    cpu     any               cpu      compiled kernel; where the C++ extension was built
+    cuda    any but float64   triton   Triton kernels; where triton is installed and runs
+    any     any               chunked  portable torch; the logits are never held whole
+    ======  ================  =======  ===================================================
+
+    ROCm devices are called ``cuda`` too, as torch does.
     """
 
     AUTO = "auto"
@@ -66,7 +70,7 @@ def available_impls() -> dict[Impl, Availability]:
         Impl.REFERENCE: Availability(True, "plain torch with autograd; holds the logits whole"),
         Impl.CHUNKED: Availability(True, "portable torch; the logits are never held whole"),
         Impl.CPU: Availability(cpu.AVAILABLE, cpu.REASON),
-        Impl.TRITON: Availability(False, "this version has no Triton kernel"),
+        Impl.TRITON: Availability(*triton.availability()),
     }
 
 
@@ -94,18 +98,33 @@ def resolve(impl: Impl | str, device: torch.device, dtype: torch.dtype) -> Resol
             f"impl={wanted.value!r} cannot run here: {found[wanted].reason}; "
             f"use one of {usable}, or 'auto'"
         )
-    if wanted is Impl.CPU and device.type != "cpu":
+    refusal = _refusal(wanted, device, dtype)
+    if refusal is not None:
         raise RuntimeError(
-            f"impl='cpu' cannot run here: it takes tensors on the CPU, got {device.type}; use "
-            "'chunked' or 'auto'"
+            f"impl={wanted.value!r} cannot run here: {refusal}; use 'chunked' or 'auto'"
         )
     return Resolution(wanted, f"asked for: {wanted.value}")
 
 
+def _refusal(impl: Impl, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation does not take such tensors, or None."""
+    if impl is Impl.TRITON:
+        return triton.refusal(device, dtype)
+    if impl is Impl.CPU and device.type != "cpu":
+        return f"it takes tensors on the CPU, got {device.type}"
+    return None
+
+
 def _choose(device: torch.device, dtype: torch.dtype) -> Resolution:
-    if device.type != "cpu":
-        reason = f"auto: portable torch is what there is for {dtype} on {device.type}"
-        return Resolution(Impl.CHUNKED, reason)
-    if not cpu.AVAILABLE:
+    if device.type == "cpu":
+        if cpu.AVAILABLE:
+            return Resolution(Impl.CPU, f"auto: {cpu.REASON}, for {dtype}")
         return Resolution(Impl.CHUNKED, f"auto: portable torch for {dtype}; {cpu.REASON}")
-    return Resolution(Impl.CPU, f"auto: {cpu.REASON}, for {dtype}")
+    if device.type == "cuda":
+        available, reason = triton.availability()
+        refusal = triton.refusal(device, dtype) if available else reason
+        if refusal is None:
+            return Resolution(Impl.TRITON, f"auto: {reason}, for {dtype}")
+        return Resolution(Impl.CHUNKED, f"auto: portable torch for {dtype}; triton: {refusal}")
+    reason = f"auto: portable torch is what there is for {dtype} on {device.type}"
+    return Resolution(Impl.CHUNKED, reason)

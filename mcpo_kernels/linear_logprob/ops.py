@@ -23,12 +23,13 @@ from mcpo_kernels.linear_logprob.head import (
     accumulation_dtype,
     empty_kept,
 )
+from mcpo_kernels.linear_logprob.triton import entry as triton
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Those that leave autograd to the ops of this file.
-IMPLEMENTATIONS = {Impl.CHUNKED.value: chunked, Impl.CPU.value: cpu}
+IMPLEMENTATIONS = {Impl.CHUNKED.value: chunked, Impl.CPU.value: cpu, Impl.TRITON.value: triton}
 
 
 # The schema of an op is flat, so its arguments cannot be bundled.

@@ -1,0 +1,1 @@
+"""The fused head for GPUs, in Triton."""

@@ -1,0 +1,162 @@
+"""How each kernel is cut, by dtype and device: data for launches, and the space for tuning.
+
+This file imports nothing, so that tools without Triton can read it. Nothing here was measured on a
+GPU: the defaults are reasoned from the size of the accumulators (registers), of the buffers
+(shared memory) and of what the matrix instructions take.
+
+Every kernel is a matrix product with an inner loop, and knows three axes: rows (N), vocabulary (V)
+and hidden (D). One of them is the inner axis, the other two make the tile of sums that a program
+holds:
+
+    forward, dlogits   sums [N, V]   inner D
+    dhidden            sums [N, D]   inner V
+    dweight            sums [V, D]   inner N
+
+A tile is chosen by kernel, dtype and device alone, never by the number of rows: so a row's bits do
+not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KERNELS = ("forward", "dlogits", "dhidden", "dweight")
+FAMILIES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
+"""A100; consumer Ada and Blackwell, with 100 KiB of shared memory; H100 and H200; B200; MI300."""
+INTERPRETER = "interpreter"
+OPERANDS = ("16-bit", "fp32")
+
+
+class Tile(NamedTuple):
+    """One way to cut a kernel."""
+
+    block_n: int
+    """Rows; a multiple of 16, as all three are."""
+    block_v: int
+    """Columns of the vocabulary; in forward and dlogits a multiple of 64, the panel."""
+    block_d: int
+    """Of the hidden size."""
+    num_warps: int
+    num_stages: int
+    """Of the inner loop: loads in flight, each with a buffer in shared memory."""
+    group: int
+    """Programs side by side along the first axis of the grid, so that they share what they read
+    of the second in the L2 cache."""
+
+
+SHARED_KIB = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
+"""Shared memory that one program may have."""
+REGISTERS = 128
+"""32-bit sums per thread at most, half of what a thread may hold: the rest is for operands."""
+LANES = {"gfx942": 64}
+"""Threads of a warp, where not 32."""
+
+
+def _both(forward: Tile, dhidden: Tile, dweight: Tile) -> dict[str, Tile]:
+    # dlogits is the forward's product with another ending.
+    return {"forward": forward, "dlogits": forward, "dhidden": dhidden, "dweight": dweight}
+
+
+# Without tensor cores: small tiles, because every thread holds its part of the operands.
+_FP32 = _both(
+    Tile(64, 64, 16, 4, 3, 8),
+    Tile(64, 16, 64, 4, 3, 8),
+    Tile(16, 64, 64, 4, 3, 8),
+)
+
+DEFAULTS: dict[tuple[str, str], dict[str, Tile]] = {
+    ("sm80", "16-bit"): _both(
+        Tile(128, 128, 32, 8, 4, 8),
+        Tile(128, 32, 128, 8, 4, 8),
+        Tile(32, 128, 128, 8, 4, 8),
+    ),
+    ("sm89", "16-bit"): _both(
+        Tile(128, 128, 32, 8, 3, 8),
+        Tile(128, 32, 128, 8, 3, 8),
+        Tile(32, 128, 128, 8, 3, 8),
+    ),
+    ("sm90", "16-bit"): _both(
+        Tile(128, 128, 64, 8, 3, 8),
+        Tile(128, 64, 256, 8, 3, 8),
+        Tile(64, 128, 256, 8, 3, 8),
+    ),
+    ("sm100", "16-bit"): _both(
+        Tile(128, 128, 64, 8, 3, 8),
+        Tile(128, 64, 256, 8, 3, 8),
+        Tile(64, 128, 256, 8, 3, 8),
+    ),
+    # A stage more than one would not fit: 64 KiB for everything.
+    ("gfx942", "16-bit"): _both(
+        Tile(128, 128, 64, 8, 2, 8),
+        Tile(128, 64, 128, 8, 2, 8),
+        Tile(64, 128, 128, 8, 2, 8),
+    ),
+    **{(family, "fp32"): _FP32 for family in FAMILIES if family != "gfx942"},
+    ("gfx942", "fp32"): {name: tile._replace(num_stages=2) for name, tile in _FP32.items()},
+    # Small, so that small inputs have several programs, splits and slabs.
+    **{
+        (INTERPRETER, operands): _both(
+            Tile(16, 128, 64, 1, 1, 2),
+            Tile(16, 64, 64, 1, 1, 2),
+            Tile(16, 64, 64, 1, 1, 2),
+        )
+        for operands in OPERANDS
+    },
+}
+
+MAX_SPLITS = 128
+"""Parts the forward cuts the vocabulary into: programs enough for any device on few rows. By V
+alone, as tiles are."""
+SCRATCH_MIB = 256
+"""Of logit gradients in the backward; decides how wide a slab of the vocabulary is."""
+SLAB_MULTIPLE = 512
+"""Columns a slab is a multiple of, and its least."""
+
+
+def default_tile(kernel: str, family: str, operands: str) -> Tile:
+    """The tile of a launch."""
+    return DEFAULTS[family, operands][kernel]
+
+
+def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
+    """Tiles that tuning may try: those that fit by the sizes above. The default is one of them."""
+    inner = (16, 32) if operands == "fp32" else (32, 64, 128)
+    outer = (32, 64, 128) if operands == "fp32" else (64, 128, 256)
+    stages = (1, 2) if family == "gfx942" else (2, 3, 4, 5)
+    for first, second, depth, warps, stage, group in product(
+        outer, outer, inner, (4, 8), stages, (4, 8, 16)
+    ):
+        block_n, block_v, block_d = {
+            "forward": (first, second, depth),
+            "dlogits": (first, second, depth),
+            "dhidden": (first, depth, second),
+            "dweight": (depth, first, second),
+        }[kernel]
+        if kernel in ("forward", "dlogits") and block_v % 64:
+            continue
+        tile = Tile(block_n, block_v, block_d, warps, stage, group)
+        if fits(tile, kernel, family, operands):
+            yield tile
+
+
+def fits(tile: Tile, kernel: str, family: str, operands: str) -> bool:
+    """Whether sums and buffers fit by the sizes above; the compiler has the last word."""
+    first, second, inner = sums_and_inner(tile, kernel)
+    item = 4 if operands == "fp32" else 2
+    buffers = (first + second) * inner * item * tile.num_stages
+    threads = tile.num_warps * LANES.get(family, 32)
+    return first * second <= REGISTERS * threads and buffers <= SHARED_KIB[family] * 1024
+
+
+def sums_and_inner(tile: Tile, kernel: str) -> tuple[int, int, int]:
+    """The two sides of the tile of sums and the step of the inner loop."""
+    return {
+        "forward": (tile.block_n, tile.block_v, tile.block_d),
+        "dlogits": (tile.block_n, tile.block_v, tile.block_d),
+        "dhidden": (tile.block_n, tile.block_d, tile.block_v),
+        "dweight": (tile.block_v, tile.block_d, tile.block_n),
+    }[kernel]
