@@ -39,8 +39,15 @@ class ModelConfig:
         None, "compute in bfloat16 over float32 weights; unset: decided by the device"
     )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward")
-    prefix_sharing: bool = _option(True, "compute the prompt of a group once for all candidates")
+    prefix_sharing: Literal["auto", "on", "off"] = _option(
+        "auto", "compute a group's prompt once for all candidates; auto: if the model can be packed"
+    )
     head_impl: str = _option("auto", "the fused head: auto, cpu, chunked, reference")
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether groups are packed with one prompt; what ``auto`` starts from."""
+        return self.prefix_sharing != "off"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

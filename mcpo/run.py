@@ -34,7 +34,7 @@ from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
 from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
-from mcpo.policy import Policy
+from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, load_groups
 from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
@@ -92,9 +92,7 @@ def _run(
     console.print(groups.report, soft_wrap=True)
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    policy = Policy(
-        model, head_impl=config.model.head_impl, autocast_dtype=placement.autocast_dtype
-    )
+    policy, unpackable = make_policy(model, config, placement)
     policy.to(placement.device).train()
     optimizer = build_optimizer(policy, config.optim)
     engine: Engine = (
@@ -102,7 +100,8 @@ def _run(
         if distributed
         else SingleEngine(policy, optimizer, placement.device)
     )
-    job, found, track = _prepare(config, engine, tokenizer, groups, console)
+    config, rounding = settle(engine, groups.train, config, console, unpackable)
+    job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
     encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
     before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
@@ -127,6 +126,8 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     groups: Groups,
     console: Console,
+    *,
+    rounding: float,
 ) -> tuple[Job, Path | None, Track]:
     """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
@@ -145,7 +146,9 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(engine, groups, config, console, weights=weights),
+        references=reference_logps(
+            engine, groups, config, console, weights=weights, rounding=rounding
+        ),
         total_steps=total_steps,
         identity=identity,
         console=console,

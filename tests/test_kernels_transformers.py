@@ -19,6 +19,7 @@ from mcpo_kernels import PrefixLayout
 from mcpo_kernels.integrations.transformers import (
     ATTENTION_NAME,
     PackedMask,
+    UnpackableError,
     attention,
     packed,
     packed_mask,
@@ -229,7 +230,7 @@ OTHER_MASKS = {
 
 @pytest.mark.parametrize(("function", "options"), OTHER_MASKS.values(), ids=OTHER_MASKS)
 def test_other_masks_are_refused(function, options):
-    with pytest.raises(NotImplementedError, match="neither causal nor a sliding window"):
+    with pytest.raises(UnpackableError, match="neither causal nor a sliding window"):
         ask(function, **options)
 
 
@@ -272,14 +273,14 @@ def test_dropout_is_refused_in_training_only(make_model):
 )
 def test_options_that_would_be_lost_are_refused(option):
     tensors = torch.zeros(3, 1, 2, LAYOUT.num_tokens, 4).unbind(0)
-    with pytest.raises(NotImplementedError, match="position bias or for attention to the future"):
+    with pytest.raises(UnpackableError, match="position bias or for attention to the future"):
         attention(torch.nn.Identity(), *tensors, PackedMask(LAYOUT, None), **option)
 
 
 def test_a_mask_of_the_models_own_is_refused():
     tensors = torch.zeros(3, 1, 2, LAYOUT.num_tokens, 4).unbind(0)
     for mask in (None, torch.zeros(1, 1, 41, 41)):
-        with pytest.raises(TypeError, match=r"Identity passed .* builds its masks by itself"):
+        with pytest.raises(UnpackableError, match=r"Identity passed .* builds its masks by itself"):
             attention(torch.nn.Identity(), *tensors, mask)
 
 
