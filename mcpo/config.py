@@ -44,6 +44,10 @@ class ModelConfig:
     )
     head_impl: str = _option("auto", "the fused head: auto, cpu, chunked, reference")
 
+    attention_impl: str = _option(
+        "auto", "attention of packed rows: auto, sdpa, flash, varlen, flex, reference"
+    )
+
     @property
     def shares_prefixes(self) -> bool:
         """Whether groups are packed with one prompt; what ``auto`` starts from."""

@@ -96,6 +96,7 @@ class Policy(nn.Module):
             off: scoring and training must be one computation.
         head_impl: implementation of the fused head.
         autocast_dtype: dtype of the matrix products, or None for that of the weights.
+        attention_impl: implementation of prefix attention.
         packs: whether a batch is one row of tokens, for which the model's attention must go through
             transformers' interface. If not, its sequences are rows of their own, of which none may
             share a prefix, with the attention that the model has.
@@ -111,6 +112,7 @@ class Policy(nn.Module):
         *,
         head_impl: str,
         autocast_dtype: torch.dtype | None,
+        attention_impl: str = "auto",
         packs: bool = True,
     ) -> None:
         super().__init__()
@@ -121,6 +123,7 @@ class Policy(nn.Module):
                 f"{type(projection).__name__} in {type(model).__name__}"
             )
         self.packs = packs
+        self.attention_impl = attention_impl
         self.plain_attention = (
             use_packed_attention(model) if packs else attention_of(model) or "eager"
         )
@@ -146,7 +149,7 @@ class Policy(nn.Module):
         if not self.packs:
             hidden_TD = plain_hidden(text_decoder(self.model), batch.token_T, batch.layout)
             return hidden_TD.index_select(0, batch.scored_N)
-        with packed(batch.layout):
+        with packed(batch.layout, self.attention_impl):
             output = text_decoder(self.model)(
                 input_ids=batch.token_T[None],
                 position_ids=batch.position_T[None],

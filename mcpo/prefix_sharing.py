@@ -33,7 +33,11 @@ def make_policy(
         ValueError: the model cannot be trained, or not with its prompts shared as is asked for.
     """
     make = partial(
-        Policy, model, head_impl=config.model.head_impl, autocast_dtype=placement.autocast_dtype
+        Policy,
+        model,
+        head_impl=config.model.head_impl,
+        autocast_dtype=placement.autocast_dtype,
+        attention_impl=config.model.attention_impl,
     )
     try:
         return make(), None

@@ -100,6 +100,7 @@ def _folder(engine: Engine, config: Config, weights: str) -> Path:
         "packs": policy.packs,
         # The one that runs: "auto" may be another after an installation.
         "head_impl": resolve(config.model.head_impl, engine.device, dtype).impl.value,
+        "attention_impl": config.model.attention_impl,
         "reduction": "sum",
     }
     root = config.run.reference_cache_dir

@@ -40,6 +40,8 @@ from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
 from mcpo_kernels import resolve
+from mcpo_kernels.prefix_attention.choose import resolve_attention
+from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 # What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
 RESULTS = ("model", "summary.json", "curves.png")
@@ -60,7 +62,7 @@ def run(config: Config) -> None:
     _be_quiet()
     loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
-    _check_head(config, placement)
+    _check_impls(config, placement)
     console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
@@ -247,11 +249,18 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
     engine.barrier()
 
 
-def _check_head(config: Config, placement: Placement) -> None:
+def _check_impls(config: Config, placement: Placement) -> None:
+    dtype = placement.autocast_dtype or torch.float32
     try:
-        resolve(config.model.head_impl, placement.device, placement.autocast_dtype or torch.float32)
+        resolve(config.model.head_impl, placement.device, dtype)
     except RuntimeError as error:
         raise ValueError(f"head_impl: {error}") from error
+    # What a model asks of its attention besides is known at its first forward.
+    bare = ScoreRule(scale=1.0, window=None, softcap=None, sinks_H=None)
+    try:
+        resolve_attention(config.model.attention_impl, placement.device, dtype, bare)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"attention_impl: {error}") from error
 
 
 def _track_nothing(metrics: object, step: int) -> None:

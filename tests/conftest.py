@@ -26,6 +26,8 @@ from transformers import (
 
 from mcpo_kernels.linear_logprob import cpu
 
+pytest_plugins = ("varlen_stand_ins",)
+
 ROOT = Path(__file__).parents[1]
 # Implementations of the head behind the ops; "auto" takes one of them.
 FUSED = (

@@ -16,6 +16,7 @@ from transformers import (
 from transformers import masking_utils as masks
 
 from mcpo_kernels import PrefixLayout
+from mcpo_kernels.integrations import transformers as integration
 from mcpo_kernels.integrations.transformers import (
     ATTENTION_NAME,
     PackedMask,
@@ -25,6 +26,7 @@ from mcpo_kernels.integrations.transformers import (
     packed_mask,
     register,
 )
+from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 WINDOW = 6
 SIZES = {
@@ -178,6 +180,49 @@ def test_packed_equals_one_by_one(name, checkpointing, make_model):
     assert_close = partial(torch.testing.assert_close, rtol=0)
     assert_close(ours, expected, atol=1e-12 * expected.abs().max().item())
     assert our_gradients.keys() == expected_gradients.keys()
+    for parameter, gradient in expected_gradients.items():
+        assert_close(our_gradients[parameter], gradient, atol=1e-12 * gradient.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_every_layer_is_told_the_implementation_also_when_it_runs_again(make_model, monkeypatch):
+    told = []
+    attend = integration.prefix_attention
+
+    def spy(*tensors, impl, **rule):
+        told.append(impl)
+        return attend(*tensors, impl=impl, **rule)
+
+    monkeypatch.setattr(integration, "prefix_attention", spy)
+    model = make_model("llama", checkpointing=True)
+    model.set_attn_implementation(ATTENTION_NAME)
+    with packed(LAYOUT, "reference") as row:
+        output = model.model(**packed_inputs()).last_hidden_state
+    assert list(row.attended.values()) == [1, 1]
+    output.sum().backward()
+    assert told == ["reference"] * 4
+    assert list(row.attended.values()) == [1, 1]
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'fast'"):
+        packed(LAYOUT, "fast").__enter__()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_a_whole_model_by_a_varlen_kernel(name, make_model, monkeypatch, use_flash):
+    """flash-attn's door with a stand-in behind it, in every layer, against plain forwards."""
+    attend = use_flash("flash_attention_4")
+
+    def by_flash(query, key, value, layout, *, impl, scale, window, softcap, sinks):
+        return attend(query, key, value, layout, ScoreRule(scale, window, softcap, sinks))
+
+    model = make_model(name)
+    expected = logits_one_by_one(model)
+    expected_gradients = gradients(model, expected)
+    monkeypatch.setattr(integration, "prefix_attention", by_flash)
+    model.set_attn_implementation(ATTENTION_NAME)
+    ours = logits_packed(model)
+    our_gradients = gradients(model, ours)
+    assert_close = partial(torch.testing.assert_close, rtol=0)
+    assert_close(ours, expected, atol=1e-12 * expected.abs().max().item())
     for parameter, gradient in expected_gradients.items():
         assert_close(our_gradients[parameter], gradient, atol=1e-12 * gradient.abs().max().item())
 

@@ -2,7 +2,7 @@
 
     register()
     model.set_attn_implementation(ATTENTION_NAME)
-    with packed(layout) as row:
+    with packed(layout) as row:  # or packed(layout, impl="sdpa")
         model(input_ids=token_T[None], position_ids=position_T[None], use_cache=False)
     row.attended  # the layers whose attention followed the layout
 
@@ -25,7 +25,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from mcpo_kernels.impl import parse_impl
 from mcpo_kernels.prefix_attention.api import prefix_attention
+from mcpo_kernels.prefix_attention.choose import AttentionImpl
 from mcpo_kernels.prefix_attention.layout import PrefixLayout
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class PackedRow:
     """What a forward inside ``packed`` reads, and who followed it."""
 
     layout: PrefixLayout
+    impl: AttentionImpl = AttentionImpl.AUTO
     attended: dict[torch.nn.Module, int] = field(default_factory=dict)
     """Attention calls of each module so far; a layer that runs again in a backward adds none."""
 
@@ -59,6 +62,8 @@ class PackedMask:
     layout: PrefixLayout
     window: int | None
     """Keys a token sees along its chain, as this kind of layer asked for; None for all."""
+    impl: AttentionImpl = AttentionImpl.AUTO
+    """As ``packed`` was told: a layer that runs again in a backward computes as it did."""
 
 
 def register() -> None:
@@ -68,9 +73,15 @@ def register() -> None:
 
 
 @contextmanager
-def packed(layout: PrefixLayout) -> Generator[PackedRow]:
-    """Forward passes inside read their single row of tokens by this layout."""
-    row = PackedRow(layout)
+def packed(
+    layout: PrefixLayout, impl: AttentionImpl | str = AttentionImpl.AUTO
+) -> Generator[PackedRow]:
+    """Forward passes inside read their single row of tokens by this layout.
+
+    Raises:
+        ValueError: there is no such ``impl``.
+    """
+    row = PackedRow(layout, parse_impl(AttentionImpl, impl))
     token = _row.set(row)
     try:
         yield row
@@ -113,7 +124,7 @@ def packed_mask(
         )
     if local_size == 0:
         # Qwen2-MoE asks for one although no layer has a window; whoever uses it is told.
-        return PackedMask(layout, 0)
+        return PackedMask(layout, 0, row.impl)
     # A mask to be mapped over scalars is one the model made up itself.
     custom = bool(options.get("use_vmap"))
     chunk = getattr(options.get("config"), "attention_chunk_size", None)
@@ -126,7 +137,7 @@ def packed_mask(
             f"segments of the layout; {ATTENTION_NAME!r} cannot serve it: use 'sdpa' and one "
             "sequence per row"
         )
-    return PackedMask(layout, local_size)
+    return PackedMask(layout, local_size, row.impl)
 
 
 def attention(
@@ -173,6 +184,7 @@ def attention(
         window=attention_mask.window,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
+        impl=attention_mask.impl,
     )
     return output_HTE.transpose(0, 1)[None].contiguous(), None
 
