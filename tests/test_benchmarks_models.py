@@ -103,8 +103,8 @@ def test_a_layer_without_attention_is_counted(monkeypatch: pytest.MonkeyPatch) -
         "mcpo_kernels.integrations.packable.SERVED_LAYER_TYPES",
         frozenset({"linear_attention", "full_attention"}),
     )
-    monkeypatch.setattr("torch.nn.Conv1d", torch.nn.Bilinear)
     model = compare.build("qwen3_next")
+    monkeypatch.setattr("torch.nn.Conv1d", torch.nn.Bilinear)
     use_packed_attention(model)
     with pytest.raises(integration.UnpackableError, match="2 layers and 1 of them attend"):
         probe(model)

@@ -329,6 +329,13 @@ def test_a_mask_of_the_models_own_is_refused():
             attention(torch.nn.Identity(), *tensors, mask)
 
 
+def test_a_mask_is_taken_whole_or_not_at_all():
+    mask = PackedMask(LAYOUT, 4)
+    assert mask[:, :, -0:, :] is mask
+    with pytest.raises(UnpackableError, match="takes a part of its attention mask"):
+        mask[:, :, -3:, :]
+
+
 def test_registering_again_does_no_harm():
     register()
     assert AttentionInterface()[ATTENTION_NAME] is attention

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_tokenizer, words
 from rich.console import Console
 from test_step import GROUPS
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
 from mcpo.cli import make_config
 from mcpo.config import Config
 from mcpo.engine.single import SingleEngine
+from mcpo.metrics import read_metrics
 from mcpo.optimizer import build_optimizer
 from mcpo.pack import pack
 from mcpo.placement import Placement
@@ -31,6 +34,7 @@ from mcpo.prefix_sharing import MOST_MADE_UP_TOKENS, made_up_group, make_policy,
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.self_check import FLOAT32_UNITS
 from mcpo.step import StepWork, train_step
+from mcpo.train import main
 
 CPU = Placement(device=torch.device("cpu"), autocast_dtype=None, reason="")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "initializer_range": 0.2}
@@ -166,6 +170,29 @@ def test_auto_says_why_it_does_not_pack_and_on_refuses_with_the_reason(build) ->
     assert text.startswith("prefix_sharing: auto: one sequence per row")
     assert type(model).__name__ in text
     assert text.count("\n") == 1
+
+
+def test_a_whole_run_of_a_model_that_cannot_be_packed(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bloom().save_pretrained(tmp_path / "bloom")
+    build_tokenizer().save_pretrained(tmp_path / "bloom")
+    options = arguments | {"model_name_or_path": tmp_path / "bloom", "max_steps": 2}
+    assert main(words(options)) == 0
+    assert "prefix_sharing: auto: one sequence per row" in capsys.readouterr().out
+    lines = read_metrics(arguments["output_dir"] / "metrics.jsonl")
+    assert len(lines) == 2
+    assert main(words(options | {"prefix_sharing": "on", "output_dir": tmp_path / "on"})) == 2
+    assert "prefix_sharing: on needs a model that can be packed" in capsys.readouterr().err
+
+
+def test_an_attention_that_cannot_run_here_is_refused_at_once(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(arguments | {"attention_impl": "flash"})) == 2
+    assert "attention_impl: impl='flash' cannot run here" in capsys.readouterr().err
+    assert main(words(arguments | {"attention_impl": "fast"})) == 2
+    assert "attention_impl: impl must be one of" in capsys.readouterr().err
 
 
 def mixes_tokens(model: PreTrainedModel) -> PreTrainedModel:

@@ -137,7 +137,7 @@ def _in_float64(model: PreTrainedModel) -> dict[str, Any]:
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     worst = max(float((ours[name] - wanted[name]).abs().max()) for name in wanted)
     return {
-        "float64_error": float((packed_S - plain_S).abs().max()),
+        "float64_error": float((packed_S - plain_S).detach().abs().max()),
         "gradient_error": worst / largest,
     }
 

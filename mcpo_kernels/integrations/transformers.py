@@ -65,6 +65,19 @@ class PackedMask:
     impl: AttentionImpl = AttentionImpl.AUTO
     """As ``packed`` was told: a layer that runs again in a backward computes as it did."""
 
+    def __getitem__(self, index: tuple[slice, ...]) -> PackedMask:
+        """Itself, where a model takes all of it: Gemma 4 cuts its masks to the rows it keeps.
+
+        Raises:
+            UnpackableError: part of the mask is taken.
+        """
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise UnpackableError(
+                f"the model takes a part of its attention mask, {index}, which must stay whole; "
+                "call it for all of its rows, without logits_to_keep"
+            )
+        return self
+
 
 def register() -> None:
     """Make ``ATTENTION_NAME`` known to transformers; again does no harm."""
