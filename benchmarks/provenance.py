@@ -14,7 +14,7 @@ from benchmarks.rows import Provenance
 
 ROOT = Path(__file__).parents[1]
 # What the suite and the report write does not make a tree dirty.
-WRITTEN = (":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/benchmarks")
+WRITTEN = (":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/benchmarks", ":!docs/models.md")
 FLAGS = ("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 

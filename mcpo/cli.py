@@ -102,6 +102,9 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         (kind,) = (argument for argument in arguments if argument is not types.NoneType)
         return convert(value, kind, name)
     if origin is Literal:
+        if "on" in arguments:
+            # YAML reads on and off as true and false.
+            value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
         if value not in arguments:
             raise ValueError(f"{name} must be one of {', '.join(arguments)}, got {value!r}")
         return value

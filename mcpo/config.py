@@ -44,8 +44,13 @@ class ModelConfig:
     gradient_checkpointing: bool | None = _option(
         None, "Hugging Face's name: true is recompute selective, false is recompute none"
     )
-    prefix_sharing: bool = _option(True, "compute the prompt of a group once for all candidates")
-    head_impl: str = _option("auto", "the fused head: auto, cpu, chunked, reference")
+    prefix_sharing: Literal["auto", "on", "off"] = _option(
+        "auto", "compute a group's prompt once for all candidates; auto: if the model can be packed"
+    )
+    head_impl: str = _option("auto", "the fused head: auto, cpu, triton, chunked, reference")
+    attention_impl: str = _option(
+        "auto", "attention of packed rows: auto, sdpa, flash, varlen, flex, reference"
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -53,6 +58,11 @@ class ModelConfig:
             "gradient_checkpointing and recompute are one option under two names: give one",
             (self.gradient_checkpointing, self.recompute),
         )
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether groups are packed with one prompt; what ``auto`` starts from."""
+        return self.prefix_sharing != "off"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report)
     num_processes = world_size()
-    share = config.model.prefix_sharing
+    share = config.model.shares_prefixes
     tokens = [packed_length(group, share) for group in groups.train]
     unshared = [packed_length(group, False) for group in groups.train]
     steps = count_steps(config.optim, len(groups.train), num_processes)

@@ -76,7 +76,7 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
     mine = rank_share(rows, job.engine.rank, job.engine.world_size)
     weight = 1.0 if mine else 0.0
     groups = [job.train_groups[row] for row in mine or rows[:1]]
-    share = job.config.model.prefix_sharing
+    share = job.config.model.shares_prefixes
     micro_batches = [
         micro_batch
         for start in range(0, len(groups), optim.per_device_train_batch_size)

@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from mcpo.plain_rows import plain_hidden
 from mcpo.records import PackedBatch
 from mcpo_kernels import SelectiveRecompute, sequence_logprobs
-from mcpo_kernels.integrations.transformers import (
-    ATTENTION_NAME,
-    checkpointed_layers,
-    packed,
-    register,
-)
+from mcpo_kernels.integrations.packable import attention_of, text_decoder, use_packed_attention
+from mcpo_kernels.integrations.transformers import ATTENTION_NAME, checkpointed_layers, packed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +43,10 @@ class HeadScaling:
         if getattr(text_config, "logit_scale", None):
             # Cohere multiplies them.
             scale = float(text_config.logit_scale)
-        return cls(scale=scale, softcap=getattr(text_config, "final_logit_softcapping", None))
+        # Gemma's, RecurrentGemma's and xLSTM's names for one thing.
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        caps = (getattr(text_config, name, None) for name in names)
+        return cls(scale=scale, softcap=next((cap for cap in caps if cap), None))
 
 
 class ScoringHead(nn.Linear):
@@ -88,19 +88,24 @@ class ScoringHead(nn.Linear):
 
 
 class Policy(nn.Module):
-    """A causal LM in packed form; the module that an engine wraps.
+    """A causal LM that scores packed batches; the module that an engine wraps.
 
     Args:
-        model: any Hugging Face causal LM whose attention goes through transformers' interface; its
-            attention implementation and its output projection's class are set, its weights and code
-            are not touched. Dropout is switched off: scoring and training must be one computation.
+        model: any Hugging Face causal LM; its output projection's class is set and, where it packs,
+            its attention implementation; its weights and code are not touched. Dropout is switched
+            off: scoring and training must be one computation.
         head_impl: implementation of the fused head.
         autocast_dtype: dtype of the matrix products, or None for that of the weights.
         recompute: "none", "light", "selective" or "full", see ``mcpo.recompute``.
+        attention_impl: implementation of prefix attention.
+        packs: whether a batch is one row of tokens, for which the model's attention must go through
+            transformers' interface. If not, its sequences are rows of their own, of which none may
+            share a prefix, with the attention that the model has.
 
     Raises:
-        ValueError: the model has no linear output projection to fuse, attention of its own that
-            cannot be set, or no layers that can be recomputed.
+        ValueError: the model has no linear output projection to fuse, or no layers that can be
+            recomputed.
+        UnpackableError: it declares that it cannot be packed.
     """
 
     def __init__(
@@ -110,25 +115,21 @@ class Policy(nn.Module):
         head_impl: str,
         autocast_dtype: torch.dtype | None,
         recompute: str = "none",
+        attention_impl: str = "auto",
+        packs: bool = True,
     ) -> None:
         super().__init__()
-        register()
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear):
             raise ValueError(
                 "the model must end in a linear output projection to be scored, got "
                 f"{type(projection).__name__} in {type(model).__name__}"
             )
-        self.plain_attention = _attention_of(model) or "eager"
-        model.set_attn_implementation(ATTENTION_NAME)
-        if _attention_of(model) != ATTENTION_NAME:
-            # transformers only logs a warning, and the model would ignore the packed layout.
-            raise ValueError(
-                "the model's attention must go through transformers' AttentionInterface to be "
-                f"packed, and that of {type(model).__name__} stayed {_attention_of(model)!r} when "
-                f"set to {ATTENTION_NAME!r}; use a model whose attention can be set, such as "
-                "Llama, Qwen, Gemma or Phi"
-            )
+        self.packs = packs
+        self.attention_impl = attention_impl
+        self.plain_attention = (
+            use_packed_attention(model) if packs else attention_of(model) or "eager"
+        )
         scaling = HeadScaling.of(model.config)
         model.set_output_embeddings(ScoringHead(projection, scaling, head_impl))
         disable_dropout(model)
@@ -136,7 +137,9 @@ class Policy(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute
         # Modules in a list that are no children of this one: they are the model's.
-        self._layers = () if recompute == "none" else checkpointed_layers(model)
+        self._layers = () if recompute == "none" or not packs else checkpointed_layers(model)
+        if not packs:
+            self._recompute_plain_rows()
 
     def recompute_of(self, batch: PackedBatch) -> SelectiveRecompute | None:
         """For one forward with gradients: what to call the policy with, besides the batch."""
@@ -164,13 +167,28 @@ class Policy(nn.Module):
 
     def scored_hidden(self, batch: PackedBatch) -> Tensor:
         """[N, D] final hidden states of the scored rows."""
-        with packed(batch.layout):
-            output = self.model.base_model(
+        if not self.packs:
+            hidden_TD = plain_hidden(text_decoder(self.model), batch.token_T, batch.layout)
+            return hidden_TD.index_select(0, batch.scored_N)
+        with packed(batch.layout, self.attention_impl):
+            output = text_decoder(self.model)(
                 input_ids=batch.token_T[None],
                 position_ids=batch.position_T[None],
                 use_cache=False,
             )
         return output.last_hidden_state[0].index_select(0, batch.scored_N)
+
+    def stop_packing(self) -> None:
+        """From now on every sequence is a row of its own, with the model's own attention."""
+        self.model.set_attn_implementation(self.plain_attention)
+        self.packs = False
+        self._recompute_plain_rows()
+
+    def _recompute_plain_rows(self) -> None:
+        """Plain forwards have no rows to choose among: the model replays all of them by itself."""
+        if self.recompute in ("selective", "full"):
+            self.model.gradient_checkpointing_enable()
+        self.recompute = "none"
 
 
 @contextmanager
@@ -180,7 +198,8 @@ def unpacked(policy: Policy) -> Generator[PreTrainedModel]:
     try:
         yield policy.model
     finally:
-        policy.model.set_attn_implementation(ATTENTION_NAME)
+        if policy.packs:
+            policy.model.set_attn_implementation(ATTENTION_NAME)
 
 
 def group_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
@@ -197,12 +216,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _attention_of(model: PreTrainedModel) -> str | None:
-    """The attention of the layers that read text; of a multimodal model others may differ."""
-    # There is no public name for it.
-    return getattr(model.config.get_text_config(), "_attn_implementation", None)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

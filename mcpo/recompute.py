@@ -70,7 +70,7 @@ def resolve_recompute(
         return Recompute("none", f"auto: {error}")
     tokens = largest_micro_batch(config, groups)
     state = model.num_parameters() * BYTES_PER_PARAMETER
-    share = share_with_gradient(groups, config.kernel.num_negatives, config.model.prefix_sharing)
+    share = share_with_gradient(groups, config.kernel.num_negatives, config.model.shares_prefixes)
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
     needed = state + SAFETY * activation_bytes(model.config, tokens, plenty)
     sizes = f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
@@ -88,7 +88,7 @@ def asked_mode(config: ModelConfig) -> str:
 
 def largest_micro_batch(config: Config, groups: Sequence[TokenizedGroup]) -> int:
     """Packed tokens of the largest micro-batch there can be."""
-    tokens = sorted(packed_length(group, config.model.prefix_sharing) for group in groups)
+    tokens = sorted(packed_length(group, config.model.shares_prefixes) for group in groups)
     return min(
         max(config.optim.max_tokens_per_micro_batch, tokens[-1]),
         sum(tokens[-config.optim.per_device_train_batch_size :]),

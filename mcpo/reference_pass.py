@@ -19,7 +19,7 @@ from mcpo.prepare import Groups
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
-from mcpo.self_check import check_packing, check_reference
+from mcpo.self_check import check_reference
 from mcpo_kernels import resolve
 
 # The check of the reference looks at this many groups: enough to meet every kind of row, cheap
@@ -28,18 +28,25 @@ NUM_CHECKED_GROUPS = 4
 
 
 def reference_logps(
-    engine: Engine, groups: Groups, config: Config, console: Console, *, weights: str
+    engine: Engine,
+    groups: Groups,
+    config: Config,
+    console: Console,
+    *,
+    weights: str,
+    rounding: float,
 ) -> ReferenceLogps:
-    """Compute or find the reference log-probs of all groups, then run the start-up checks.
+    """Compute or find the reference log-probs of all groups, then check them against the policy.
 
     To be called before the first update, while the policy still is the reference, whose hash
-    ``weights`` is. Ranks share the work through the cache folder.
+    ``weights`` is. Ranks share the work through the cache folder. ``rounding`` is the model's, as
+    the check of packing measured it.
 
     Raises:
-        ValueError: a start-up check fails, or the cache cannot be used.
+        ValueError: the check fails, or the cache cannot be used.
     """
     every = (*groups.train, *groups.held_out)
-    share = config.model.prefix_sharing
+    share = config.model.shares_prefixes
     batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
     folder = _folder(engine, config, weights)
 
@@ -64,7 +71,7 @@ def reference_logps(
     )
     references = reference_cache.verified(folder, every)
     if config.run.self_check:
-        _self_check(engine, groups, references, config, console)
+        _self_check(engine, groups, references, config, console, rounding=rounding)
     return references
 
 
@@ -72,7 +79,7 @@ def packed_batches(
     groups: Sequence[TokenizedGroup], config: Config, device: torch.device
 ) -> list[PackedBatch]:
     """Groups in their order, packed as training packs them, on the device."""
-    share = config.model.prefix_sharing
+    share = config.model.shares_prefixes
     micro_batches = split_by_budget(groups, config.optim.max_tokens_per_micro_batch, share)
     return [move(pack(some, share_prefix=share), device) for some in micro_batches]
 
@@ -89,9 +96,11 @@ def _folder(engine: Engine, config: Config, weights: str) -> Path:
             if name not in ("_name_or_path", "transformers_version", "dtype")
         },
         "device": engine.device.type,
-        "prefix_sharing": config.model.prefix_sharing,
+        "prefix_sharing": config.model.shares_prefixes,
+        "packs": policy.packs,
         # The one that runs: "auto" may be another after an installation.
         "head_impl": resolve(config.model.head_impl, engine.device, dtype).impl.value,
+        "attention_impl": config.model.attention_impl,
         "reduction": "sum",
     }
     root = config.run.reference_cache_dir
@@ -105,9 +114,9 @@ def _self_check(
     references: ReferenceLogps,
     config: Config,
     console: Console,
+    *,
+    rounding: float,
 ) -> None:
-    share = config.model.prefix_sharing
-    rounding = check_packing(engine.policy, groups.train, share_prefix=share)
     checked = packed_batches(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
     loss = loss_named(config.loss.loss_type)
     gap = check_reference(
@@ -121,7 +130,7 @@ def _self_check(
         loss=lambda scored: loss(scored, config.loss),
     )
     console.print(
-        f"self-check passed: packed equals plain but for rounding, {rounding:.1e} nats per root of "
-        f"a token; policy equals reference to {gap:.1e} nats",
+        f"self-check passed: log-probs are the model's own but for rounding, {rounding:.1e} nats "
+        f"per root of a token; policy equals reference to {gap:.1e} nats",
         soft_wrap=True,
     )

@@ -34,13 +34,15 @@ from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
 from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
-from mcpo.policy import Policy
+from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, load_groups
 from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
 from mcpo_kernels import resolve
+from mcpo_kernels.prefix_attention.choose import resolve_attention
+from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 # What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
 RESULTS = ("model", "summary.json", "curves.png")
@@ -61,7 +63,7 @@ def run(config: Config) -> None:
     _be_quiet()
     loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
-    _check_head(config, placement)
+    _check_impls(config, placement)
     console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
@@ -98,12 +100,7 @@ def _run(
         device_memory(placement.device, local_world_size()),
     )
     console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
-    policy = Policy(
-        model,
-        head_impl=config.model.head_impl,
-        autocast_dtype=placement.autocast_dtype,
-        recompute=recompute.mode,
-    )
+    policy, unpackable = make_policy(model, config, placement, recompute.mode)
     policy.to(placement.device).train()
     optimizer = build_optimizer(policy, config.optim)
     engine: Engine = (
@@ -111,7 +108,8 @@ def _run(
         if distributed
         else SingleEngine(policy, optimizer, placement.device)
     )
-    job, found, track = _prepare(config, engine, tokenizer, groups, console)
+    config, rounding = settle(engine, groups.train, config, console, unpackable)
+    job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
     encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
     before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
@@ -136,6 +134,8 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     groups: Groups,
     console: Console,
+    *,
+    rounding: float,
 ) -> tuple[Job, Path | None, Track]:
     """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
@@ -154,7 +154,9 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(engine, groups, config, console, weights=weights),
+        references=reference_logps(
+            engine, groups, config, console, weights=weights, rounding=rounding
+        ),
         total_steps=total_steps,
         identity=identity,
         console=console,
@@ -253,11 +255,18 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
     engine.barrier()
 
 
-def _check_head(config: Config, placement: Placement) -> None:
+def _check_impls(config: Config, placement: Placement) -> None:
+    dtype = placement.autocast_dtype or torch.float32
     try:
-        resolve(config.model.head_impl, placement.device, placement.autocast_dtype or torch.float32)
+        resolve(config.model.head_impl, placement.device, dtype)
     except RuntimeError as error:
         raise ValueError(f"head_impl: {error}") from error
+    # What a model asks of its attention besides is known at its first forward.
+    bare = ScoreRule(scale=1.0, window=None, softcap=None, sinks_H=None)
+    try:
+        resolve_attention(config.model.attention_impl, placement.device, dtype, bare)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"attention_impl: {error}") from error
 
 
 def _track_nothing(metrics: object, step: int) -> None:

@@ -24,6 +24,7 @@ from mcpo.pack import move, pack
 from mcpo.policy import Policy, group_logps, unpacked
 from mcpo.records import PackedBatch, ScoredBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
+from mcpo_kernels.integrations.packable import longest_span
 
 # A float32 log-probability passes some hundred roundings, each at most half a unit in the last
 # place of values as large as the sum itself; 64 units is their root-mean-square sum with a factor
@@ -54,7 +55,7 @@ def check_packing(policy: Policy, groups: Sequence[TokenizedGroup], *, share_pre
     Raises:
         ValueError: a packed error is larger than rounding; or there are no groups.
     """
-    chosen = telling_groups(groups)
+    chosen = telling_groups(groups, longest_span(policy.model))
     batch = move(pack(chosen, share_prefix=share_prefix), next(policy.parameters()).device)
     packed_S = policy(batch).double()
     exact = [logp for group in chosen for logp in plain_logps(policy, group, autocast_dtype=None)]
@@ -74,23 +75,26 @@ def check_packing(policy: Policy, groups: Sequence[TokenizedGroup], *, share_pre
             f"{type(policy.model).__name__} must give the same log-probabilities packed and alone; "
             f"row {row_ids[worst]!r}, a candidate of {int(length_S[worst])} tokens: "
             f"{packed_S[worst]:.4f} packed, {exact_S[worst]:.4f} alone, {budget_S[worst]:.4f} "
-            "allowed for rounding. Its layers do not follow the packed layout (linear attention or "
-            "its own attention code): use another model"
+            f"allowed for rounding. {_suspects(policy)}"
         )
     return max(rounding, _root_mean_square(error_S / length_S.sqrt()))
 
 
-def telling_groups(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
+def telling_groups(groups: Sequence[TokenizedGroup], span: int = 0) -> list[TokenizedGroup]:
     """The groups with the most completion tokens, each cut down to its longest candidates.
 
     A candidate of one token is no input at all and shows nothing. At most ``CHECKED_GROUPS`` of
-    those that fit ``TOKENS_PER_GROUP``; where none does, the one with the fewest tokens.
+    those that fit ``TOKENS_PER_GROUP``; where none does, the one with the fewest tokens. Where none
+    of them reaches beyond ``span`` tokens, the cheapest that does is added, if there is one.
     """
     trimmed = [_longest_candidates(group) for group in groups]
     affordable = [group for group in trimmed if _plain_tokens(group) <= TOKENS_PER_GROUP]
-    if not affordable:
-        return sorted(trimmed, key=_plain_tokens)[:1]
-    return sorted(affordable, key=_completion_tokens, reverse=True)[:CHECKED_GROUPS]
+    chosen = sorted(affordable, key=_completion_tokens, reverse=True)[:CHECKED_GROUPS]
+    chosen = chosen or sorted(trimmed, key=_plain_tokens)[:1]
+    if not any(_longest_sequence(group) > span for group in chosen):
+        beyond = [group for group in trimmed if _longest_sequence(group) > span]
+        chosen += sorted(beyond, key=_plain_tokens)[:1]
+    return chosen
 
 
 def float32_band(logp: Tensor, length: Tensor) -> Tensor:
@@ -312,6 +316,24 @@ def _longest_candidates(group: TokenizedGroup) -> TokenizedGroup:
 def _plain_tokens(group: TokenizedGroup) -> int:
     """Of the forwards that score each candidate by itself."""
     return group.num_candidates * len(group.prompt_ids) + _completion_tokens(group)
+
+
+def _longest_sequence(group: TokenizedGroup) -> int:
+    return len(group.prompt_ids) + max(len(ids) for ids in group.candidate_ids)
+
+
+def _suspects(policy: Policy) -> str:
+    """What can be wrong in this way of batching."""
+    if policy.packs:
+        return (
+            "Its layers do not follow the packed layout (linear attention or its own attention "
+            "code), or its logits are more than a projection of its hidden states: use another "
+            "model, or prefix_sharing: auto"
+        )
+    return (
+        "Its logits are more than a projection of its hidden states, or padding on the right "
+        "changes them: use another model"
+    )
 
 
 def _completion_tokens(group: TokenizedGroup) -> int:

@@ -27,6 +27,8 @@ from transformers import (
 from mcpo_kernels.linear_logprob import cpu
 from mcpo_kernels.linear_logprob.triton import tiles
 
+pytest_plugins = ("varlen_stand_ins",)
+
 ROOT = Path(__file__).parents[1]
 # Implementations of the head behind the ops; "auto" takes one of them.
 FUSED = (

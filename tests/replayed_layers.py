@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcpo_kernels import PrefixLayout, SelectiveRecompute, prefix_attention
-from mcpo_kernels.prefix_attention.layout import PackedMask
+from mcpo_kernels.prefix_attention.mask import PackedMask
 
 # Two prompts; segment 3 is a candidate of one token, which is no input.
 LAYOUT = PrefixLayout((4, 3, 2, 0, 5, 2, 3, 1), (-1, 0, 0, 0, 0, -1, 5, 5))

@@ -225,7 +225,7 @@ BAD_RULES = {
     "window": ({"window": 0}, "window must be >= 1, or None to see all, got 0"),
     "softcap": ({"softcap": -1.0}, "softcap must be > 0, or None for no cap, got -1.0"),
     "sinks": ({"sinks": torch.zeros(2)}, r"sinks must be \[H = 4\], got \[2\]"),
-    "impl": ({"impl": "flash"}, "impl must be one of 'auto', 'reference', 'sdpa', got 'flash'"),
+    "impl": ({"impl": "fast"}, "impl must be one of 'auto', 'reference', 'sdpa', .*, got 'fast'"),
 }
 
 

@@ -9,14 +9,17 @@ from transformers import AttentionInterface
 from transformers import masking_utils as masks
 
 from mcpo_kernels import PrefixLayout
+from mcpo_kernels.integrations import transformers as integration
 from mcpo_kernels.integrations.transformers import (
     ATTENTION_NAME,
     PackedMask,
+    UnpackableError,
     attention,
     packed,
     packed_mask,
     register,
 )
+from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 PROMPTS = (9, 4)
 CANDIDATES = ((5, 3, 5, 1), (7, 0, 7))
@@ -121,6 +124,49 @@ def test_packed_equals_one_by_one(name, checkpointing, make_model):
         assert_close(our_gradients[parameter], gradient, atol=1e-12 * gradient.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_every_layer_is_told_the_implementation_also_when_it_runs_again(make_model, monkeypatch):
+    told = []
+    attend = integration.prefix_attention
+
+    def spy(*tensors, impl, **rule):
+        told.append(impl)
+        return attend(*tensors, impl=impl, **rule)
+
+    monkeypatch.setattr(integration, "prefix_attention", spy)
+    model = make_model("llama", checkpointing=True)
+    model.set_attn_implementation(ATTENTION_NAME)
+    with packed(LAYOUT, "reference") as row:
+        output = model.model(**packed_inputs()).last_hidden_state
+    assert list(row.attended.values()) == [1, 1]
+    output.sum().backward()
+    assert told == ["reference"] * 4
+    assert list(row.attended.values()) == [1, 1]
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'fast'"):
+        packed(LAYOUT, "fast").__enter__()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_a_whole_model_by_a_varlen_kernel(name, make_model, monkeypatch, use_flash):
+    """flash-attn's door with a stand-in behind it, in every layer, against plain forwards."""
+    attend = use_flash("flash_attention_4")
+
+    def by_flash(query, key, value, layout, *, impl, scale, window, softcap, sinks):
+        return attend(query, key, value, layout, ScoreRule(scale, window, softcap, sinks))
+
+    model = make_model(name)
+    expected = logits_one_by_one(model)
+    expected_gradients = gradients(model, expected)
+    monkeypatch.setattr(integration, "prefix_attention", by_flash)
+    model.set_attn_implementation(ATTENTION_NAME)
+    ours = logits_packed(model)
+    our_gradients = gradients(model, ours)
+    assert_close = partial(torch.testing.assert_close, rtol=0)
+    assert_close(ours, expected, atol=1e-12 * expected.abs().max().item())
+    for parameter, gradient in expected_gradients.items():
+        assert_close(our_gradients[parameter], gradient, atol=1e-12 * gradient.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_the_window_matters_here(name, make_model):
     model = make_model(name)
@@ -169,7 +215,7 @@ OTHER_MASKS = {
 
 @pytest.mark.parametrize(("function", "options"), OTHER_MASKS.values(), ids=OTHER_MASKS)
 def test_other_masks_are_refused(function, options):
-    with pytest.raises(NotImplementedError, match="neither causal nor a sliding window"):
+    with pytest.raises(UnpackableError, match="neither causal nor a sliding window"):
         ask(function, **options)
 
 
@@ -212,15 +258,22 @@ def test_dropout_is_refused_in_training_only(make_model):
 )
 def test_options_that_would_be_lost_are_refused(option):
     tensors = torch.zeros(3, 1, 2, LAYOUT.num_tokens, 4).unbind(0)
-    with pytest.raises(NotImplementedError, match="position bias or for attention to the future"):
+    with pytest.raises(UnpackableError, match="position bias or for attention to the future"):
         attention(torch.nn.Identity(), *tensors, PackedMask(LAYOUT, None), **option)
 
 
 def test_a_mask_of_the_models_own_is_refused():
     tensors = torch.zeros(3, 1, 2, LAYOUT.num_tokens, 4).unbind(0)
     for mask in (None, torch.zeros(1, 1, 41, 41)):
-        with pytest.raises(TypeError, match=r"Identity passed .* builds its masks by itself"):
+        with pytest.raises(UnpackableError, match=r"Identity passed .* builds its masks by itself"):
             attention(torch.nn.Identity(), *tensors, mask)
+
+
+def test_a_mask_is_taken_whole_or_not_at_all():
+    mask = PackedMask(LAYOUT, 4)
+    assert mask[:, :, -0:, :] is mask
+    with pytest.raises(UnpackableError, match="takes a part of its attention mask"):
+        mask[:, :, -3:, :]
 
 
 def test_registering_again_does_no_harm():

@@ -32,6 +32,7 @@ from mcpo.pack import pack
 from mcpo.policy import HeadScaling, Policy, disable_dropout, group_logps, unpacked
 from mcpo.records import TokenizedGroup
 from mcpo.self_check import FLOAT32_UNITS, float32_band, plain_logps
+from mcpo_kernels.prefix_attention.mask import UnpackableError
 
 GROUPS = [
     TokenizedGroup(
@@ -284,7 +285,8 @@ def test_a_model_whose_attention_cannot_be_set_is_refused(build: object) -> None
     model = build()  # pyright: ignore
     head = model.get_output_embeddings()
     with pytest.raises(
-        ValueError, match=rf"{type(model).__name__} stayed 'eager'.*use a model whose attention"
+        UnpackableError,
+        match=rf"{type(model).__name__} cannot be packed.*AttentionInterface, and stayed 'eager'",
     ):
         policy_of(model)
     assert model.get_output_embeddings() is head

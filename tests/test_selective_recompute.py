@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcpo_kernels import PrefixLayout, SelectiveRecompute
-from mcpo_kernels.prefix_attention.layout import PackedMask
+from mcpo_kernels.prefix_attention.mask import PackedMask
 
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["selective", "light"])

@@ -171,6 +171,23 @@ def test_the_telling_groups_have_the_longest_candidates() -> None:
         check_packing(policy_of(), [], share_prefix=True)
 
 
+def test_a_group_beyond_the_longest_window_is_added() -> None:
+    def group(row_id: str, prompt: int, *lengths: int) -> TokenizedGroup:
+        candidates = tuple((7,) * length for length in lengths)
+        return TokenizedGroup(row_id=row_id, prompt_ids=(2,) * prompt, candidate_ids=candidates)
+
+    groups = [group("short", 9, 30, 20), group("long", 80, 4, 3), group("longer", 500, 3, 3)]
+    groups += [group(f"g{size}", 9, size, size) for size in (40, 41, 42)]
+
+    def names(span: int) -> list[str]:
+        return [some.row_id for some in telling_groups(groups, span)]
+
+    assert names(0) == ["g42", "g41", "g40", "short"]
+    assert names(60) == ["g42", "g41", "g40", "short", "long"]
+    assert names(100) == ["g42", "g41", "g40", "short", "longer"]
+    assert names(4096) == ["g42", "g41", "g40", "short"]
+
+
 class LargestTensor(TorchDispatchMode):
     """Numbers in the largest tensor any operation returns, by dtype."""
 

@@ -2,21 +2,23 @@
 
     register()
     model.set_attn_implementation(ATTENTION_NAME)
-    with packed(layout):
+    with packed(layout) as row:  # or packed(layout, impl="sdpa")
         model(input_ids=token_T[None], position_ids=position_T[None], use_cache=False)
+    row.attended  # the layers whose attention followed the layout
 
 The model asks the mask function registered under the name for each kind of mask it uses. That
 function answers with a ``PackedMask``, which the model hands to its layers as their attention mask.
 So every layer knows the layout and the window it really asked for, also when a checkpointed layer
 runs again in the backward, where the context is gone. What is neither causal nor a sliding window
 is refused. Layers that mix tokens without calling an attention function (linear attention,
-convolutions, state spaces) are not seen from here: such models must not be packed.
+convolutions, state spaces) are not seen from here; ``packable.py`` finds them.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +26,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mcpo_kernels.impl import parse_impl
 from mcpo_kernels.prefix_attention.api import prefix_attention
-from mcpo_kernels.prefix_attention.layout import PackedMask, PrefixLayout
+from mcpo_kernels.prefix_attention.choose import AttentionImpl
+from mcpo_kernels.prefix_attention.layout import PrefixLayout
+from mcpo_kernels.prefix_attention.mask import PackedMask, UnpackableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -34,7 +39,18 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "mcpo_prefix"
 
-_layout: ContextVar[PrefixLayout | None] = ContextVar("mcpo_prefix_layout", default=None)
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """What a forward inside ``packed`` reads, and who followed it."""
+
+    layout: PrefixLayout
+    impl: AttentionImpl = AttentionImpl.AUTO
+    attended: dict[torch.nn.Module, int] = field(default_factory=dict)
+    """Attention calls of each module so far; a layer that runs again in a backward adds none."""
+
+
+_row: ContextVar[PackedRow | None] = ContextVar("mcpo_packed_row", default=None)
 
 
 def register() -> None:
@@ -44,13 +60,20 @@ def register() -> None:
 
 
 @contextmanager
-def packed(layout: PrefixLayout) -> Generator[None]:
-    """Forward passes inside read their single row of tokens by this layout."""
-    token = _layout.set(layout)
+def packed(
+    layout: PrefixLayout, impl: AttentionImpl | str = AttentionImpl.AUTO
+) -> Generator[PackedRow]:
+    """Forward passes inside read their single row of tokens by this layout.
+
+    Raises:
+        ValueError: there is no such ``impl``.
+    """
+    row = PackedRow(layout, parse_impl(AttentionImpl, impl))
+    token = _row.set(row)
     try:
-        yield
+        yield row
     finally:
-        _layout.reset(token)
+        _row.reset(token)
 
 
 def checkpointed_layers(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
@@ -86,14 +109,15 @@ def packed_mask(
     Raises:
         RuntimeError: there is no layout.
         ValueError: the input does not fit the layout.
-        NotImplementedError: the model asks for another mask than a causal or sliding-window one.
+        UnpackableError: the model asks for another mask than a causal or sliding-window one.
     """
-    layout = _layout.get()
-    if layout is None:
+    row = _row.get()
+    if row is None:
         raise RuntimeError(
             f"{ATTENTION_NAME!r} attention needs a layout; call the model inside "
             "`with packed(layout):`"
         )
+    layout = row.layout
     if attention_mask is not None:
         raise ValueError(
             "a packed row has no padding, so attention_mask must be None; drop it from the call"
@@ -103,19 +127,22 @@ def packed_mask(
             f"packed input must be one row of the layout's {layout.num_tokens} tokens without a "
             f"cache, got {batch_size} rows, {q_length} queries and {kv_length} keys"
         )
+    if local_size == 0:
+        # Qwen2-MoE asks for one although no layer has a window; whoever uses it is told.
+        return PackedMask(layout, 0, row.impl)
     # A mask to be mapped over scalars is one the model made up itself.
     custom = bool(options.get("use_vmap"))
     chunk = getattr(options.get("config"), "attention_chunk_size", None)
     chunked = local_size is not None and local_size == chunk
     device = torch.device(options.get("device") or "cpu")
     if custom or chunked or not _is_causal(mask_function, layout, local_size, device):
-        raise NotImplementedError(
+        raise UnpackableError(
             "the model asks for an attention mask that is neither causal nor a sliding window "
             f"(local_size={local_size}), or position_ids do not count up by one within the "
             f"segments of the layout; {ATTENTION_NAME!r} cannot serve it: use 'sdpa' and one "
             "sequence per row"
         )
-    return PackedMask(layout, local_size)
+    return PackedMask(layout, local_size, row.impl)
 
 
 def attention(
@@ -129,11 +156,12 @@ def attention(
     """Attention of one layer: [1, H, T, D] in, [1, T, H, E] out, as transformers wants it.
 
     Raises:
-        TypeError: the mask is not a ``PackedMask``.
-        NotImplementedError: dropout, a position bias or attention to the future is asked for.
+        UnpackableError: the model builds its masks by itself, or asks for a position bias or for
+            attention to the future.
+        NotImplementedError: dropout is asked for.
     """
     if not isinstance(attention_mask, PackedMask):
-        raise TypeError(
+        raise UnpackableError(
             f"{type(module).__name__} passed {type(attention_mask).__name__} as its attention "
             f"mask where {ATTENTION_NAME!r} expects a PackedMask: this model builds its masks by "
             "itself; use 'sdpa' and one sequence per row"
@@ -144,10 +172,13 @@ def attention(
             "would share its dropout mask; set attention_dropout=0 in the model's config"
         )
     if options.get("position_bias") is not None or options.get("is_causal") is False:
-        raise NotImplementedError(
+        raise UnpackableError(
             f"{type(module).__name__} asks for a position bias or for attention to the future, "
             f"which {ATTENTION_NAME!r} does not have; use 'sdpa' and one sequence per row"
         )
+    row = _row.get()
+    if row is not None:
+        row.attended[module] = row.attended.get(module, 0) + 1
     query, key, value = _one_dtype(query, key, value)
     output_HTE = prefix_attention(
         query[0],
@@ -158,6 +189,7 @@ def attention(
         window=attention_mask.window,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
+        impl=attention_mask.impl,
     )
     return output_HTE.transpose(0, 1)[None].contiguous(), None
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
 
-from mcpo_kernels.impl import parse_impl
-from mcpo_kernels.prefix_attention import reference, sdpa
+from mcpo_kernels.prefix_attention import flash, flex, reference, sdpa, varlen
+from mcpo_kernels.prefix_attention.choose import AttentionImpl, resolve_attention
 from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mcpo_kernels.prefix_attention.layout import PrefixLayout
-
-
-class AttentionImpl(str, Enum):
-    """Implementations of prefix attention; ``auto`` is ``sdpa``, whatever the device and dtype."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    SDPA = "sdpa"
 
 
 # One more argument than the house limit: the attention of today's models has this many knobs.
@@ -63,9 +54,9 @@ def prefix_attention(  # noqa: PLR0913
 
     Raises:
         ValueError: a shape, device or value does not fit, or there is no such ``impl``.
+        RuntimeError: the implementation asked for cannot run here.
         TypeError: dtypes differ.
     """
-    chosen = parse_impl(AttentionImpl, impl)
     _check_tensors(query, key, value, sinks)
     if query.shape[1] != layout.num_tokens:
         raise ValueError(
@@ -77,10 +68,21 @@ def prefix_attention(  # noqa: PLR0913
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
     rule = ScoreRule(query.shape[2] ** -0.5 if scale is None else scale, window, softcap, sinks)
-    attend = reference.attend if chosen is AttentionImpl.REFERENCE else sdpa.attend
+    chosen = resolve_attention(impl, query.device, query.dtype, rule)
+    tensors = (query, key, value)
     # Autocast would round the scores that an explicit softmax wants in float32.
     with torch.autocast(query.device.type, enabled=False):
-        return attend(query, key, value, layout, rule)
+        if chosen.impl is AttentionImpl.FLASH:
+            return flash.attend(*tensors, layout, rule, chosen.package)
+        return IMPLEMENTATIONS[chosen.impl](*tensors, layout, rule)
+
+
+IMPLEMENTATIONS = {
+    AttentionImpl.REFERENCE: reference.attend,
+    AttentionImpl.SDPA: sdpa.attend,
+    AttentionImpl.VARLEN: varlen.attend,
+    AttentionImpl.FLEX: flex.attend,
+}
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:

@@ -106,12 +106,3 @@ class PrefixLayout:
             tuple(self.lengths[segment] for segment in kept),
             tuple(number[self.parents[segment]] for segment in kept),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMask:
-    """A layout in the place of an attention mask, with the window of the layer that gets it."""
-
-    layout: PrefixLayout
-    window: int | None
-    """Keys a token sees along its chain, as this kind of layer asked for; None for all."""

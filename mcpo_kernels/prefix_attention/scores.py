@@ -18,3 +18,11 @@ class ScoreRule(NamedTuple):
     """c in c * tanh(z / c), or None."""
     sinks_H: Tensor | None
     """Per head the logit of a key without value, or None."""
+
+
+def of_no_tokens(query_HTD: Tensor, key_HTD: Tensor, value_HTE: Tensor, rule: ScoreRule) -> Tensor:
+    """[H, 0, E]: nothing to compute, yet gradients (of zero) are owed to every input."""
+    owed = query_HTD.sum() + key_HTD.sum() + value_HTE.sum()
+    if rule.sinks_H is not None:
+        owed = owed + rule.sinks_H.sum()
+    return owed.to(query_HTD.dtype) * query_HTD.new_zeros(len(query_HTD), 0, value_HTE.shape[-1])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mcpo_kernels.prefix_attention.layout import PackedMask, PrefixLayout
+from mcpo_kernels.prefix_attention.layout import PrefixLayout
+from mcpo_kernels.prefix_attention.mask import PackedMask
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
