@@ -38,9 +38,21 @@ class ModelConfig:
     bf16: bool | None = _option(
         None, "compute in bfloat16 over float32 weights; unset: decided by the device"
     )
-    gradient_checkpointing: bool = _option(False, "recompute activations in the backward")
+    recompute: Literal["auto", "none", "light", "selective", "full"] = _option(
+        "auto", "what the backward computes again: nothing, little, the rows it needs, all rows"
+    )
+    gradient_checkpointing: bool | None = _option(
+        None, "Hugging Face's name: true is recompute selective, false is recompute none"
+    )
     prefix_sharing: bool = _option(True, "compute the prompt of a group once for all candidates")
     head_impl: str = _option("auto", "the fused head: auto, cpu, chunked, reference")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.gradient_checkpointing is None or self.recompute == "auto",
+            "gradient_checkpointing and recompute are one option under two names: give one",
+            (self.gradient_checkpointing, self.recompute),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

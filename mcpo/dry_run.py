@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config
-from mcpo.engine import world_size
+from mcpo.engine import local_world_size, world_size
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
 from mcpo.prepare import load_groups
+from mcpo.recompute import (
+    BYTES_PER_PARAMETER,
+    activation_bytes,
+    device_memory,
+    largest_micro_batch,
+    resolve_recompute,
+)
 
-# Bytes a float32 parameter takes while training: itself, its gradient, and AdamW's two moments.
-BYTES_PER_PARAMETER = 16
 
-
-def describe(config: Config, console: Console) -> None:
+def describe(config: Config, device: torch.device, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
     model_config, tokenizer = load_config(config.model.model_name_or_path)
     groups = load_groups(config.data, tokenizer, config.run.seed)
@@ -29,12 +33,13 @@ def describe(config: Config, console: Console) -> None:
     unshared = [packed_length(group, False) for group in groups.train]
     steps = count_steps(config.optim, len(groups.train), num_processes)
     per_step = groups_per_step(config.optim, num_processes)
-    num_parameters = count_parameters(model_config)
-    micro_batch = min(
-        max(config.optim.max_tokens_per_micro_batch, max(tokens)),
-        sum(sorted(tokens)[-config.optim.per_device_train_batch_size :]),
+    model = without_weights(model_config)
+    num_parameters = model.num_parameters()
+    recompute = resolve_recompute(
+        config, groups.train, model, device_memory(device, local_world_size())
     )
-    activations = activation_bytes(model_config, micro_batch, config.model.gradient_checkpointing)
+    micro_batch = largest_micro_batch(config, groups.train)
+    activations = activation_bytes(model_config, micro_batch, recompute.mode)
     table = Table(title="dry run: nothing was trained", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -47,30 +52,14 @@ def describe(config: Config, console: Console) -> None:
         ("largest micro-batch", f"{micro_batch:,} tokens"),
         ("parameters", f"{num_parameters:,}"),
         ("weights, gradients, optimizer", f"{num_parameters * BYTES_PER_PARAMETER / 1e6:,.0f} MB"),
+        ("recompute", recompute.mode),
         ("activations, estimated", f"{activations / 1e6:,.0f} MB"),
     ):
         table.add_row(name, value)
     console.print(table)
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a model, tied ones once, from its configuration alone."""
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose parameters have shapes and no numbers."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def activation_bytes(config: PretrainedConfig, num_tokens: int, checkpointed: bool) -> int:
-    """Rough bytes kept for the backward of a micro-batch of a Llama-like model.
-
-    Per token and layer: four vectors of the residual stream and its norms in float32, queries,
-    keys, values and attention output, and four of the feed-forward width, in two bytes each. With
-    checkpointing a layer keeps its input alone, and one layer at a time the rest.
-    """
-    text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    wide = getattr(text, "intermediate_size", None) or 4 * hidden
-    inside = 4 * 4 * hidden + 2 * 4 * hidden + 2 * 4 * wide
-    if checkpointed:
-        return num_tokens * (4 * hidden * layers + inside)
-    return num_tokens * inside * layers
+        return AutoModelForCausalLM.from_config(config)

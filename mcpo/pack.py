@@ -69,6 +69,7 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
         target_N=_flat([ids for group in groups for ids in group.candidate_ids]),
         seq_of_N=torch.arange(len(length_S)).repeat_interleave(length_S),
         num_seqs=len(length_S),
+        segment_of_S=tuple(segments.own_segment_S),
         seq_of_PC=seq_of_PC,
         mask_PC=mask_PC,
         length_PC=length_PC,

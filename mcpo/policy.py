@@ -9,7 +9,7 @@ may be a shard, a stale view, or miss its gradient reduction.
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 
 from mcpo.records import PackedBatch
 from mcpo_kernels import sequence_logprobs
-from mcpo_kernels.integrations.transformers import ATTENTION_NAME, packed, register
+from mcpo_kernels.integrations.transformers import (
+    ATTENTION_NAME,
+    checkpointed_layers,
+    packed,
+    register,
+)
+from mcpo_kernels.selective_recompute.api import SelectiveRecompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +97,20 @@ class Policy(nn.Module):
             are not touched. Dropout is switched off: scoring and training must be one computation.
         head_impl: implementation of the fused head.
         autocast_dtype: dtype of the matrix products, or None for that of the weights.
+        recompute: "none", "light", "selective" or "full", see ``mcpo.recompute``.
 
     Raises:
-        ValueError: the model has no linear output projection to fuse, or attention of its own that
-            cannot be set.
+        ValueError: the model has no linear output projection to fuse, attention of its own that
+            cannot be set, or no layers that can be recomputed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, head_impl: str, autocast_dtype: torch.dtype | None
+        self,
+        model: PreTrainedModel,
+        *,
+        head_impl: str,
+        autocast_dtype: torch.dtype | None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         register()
@@ -123,14 +135,30 @@ class Policy(nn.Module):
         disable_dropout(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
+        self.recompute = recompute
+        # Modules in a list that are no children of this one: they are the model's.
+        self._layers = () if recompute == "none" else checkpointed_layers(model)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """[S] float32 summed log-probability of each candidate (stages 4 and 5)."""
+    def recompute_of(self, batch: PackedBatch) -> SelectiveRecompute | None:
+        """For one forward with gradients: what to call the policy with, besides the batch."""
+        if self.recompute == "none":
+            return None
+        return SelectiveRecompute(
+            self._layers, batch.layout, keep_products=self.recompute == "light"
+        )
+
+    def forward(self, batch: PackedBatch, recompute: SelectiveRecompute | None = None) -> Tensor:
+        """[S] float32 summed log-probability of each candidate (stages 4 and 5).
+
+        With ``recompute`` the caller says in it, before the backward, which segments the loss
+        depends on.
+        """
         device_type = batch.token_T.device.type
         with torch.autocast(
             device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
-            hidden_ND = self.scored_hidden(batch)
+            with nullcontext() if recompute is None else recompute.recording():
+                hidden_ND = self.scored_hidden(batch)
             head = self.model.get_output_embeddings()
             assert isinstance(head, ScoringHead)
             return head(hidden_ND, batch)

@@ -95,6 +95,8 @@ class PackedBatch:
     """[N] int64, the sequence it belongs to, non-decreasing in [0, S)."""
     num_seqs: int
     """S."""
+    segment_of_S: tuple[int, ...]
+    """[S] the segment of ``layout`` that holds the tokens of each sequence, known on the host."""
     seq_of_PC: Tensor
     """[P, C] int64, the sequence of each candidate; 0 where ``mask_PC`` is False."""
     mask_PC: Tensor

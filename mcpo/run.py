@@ -36,6 +36,7 @@ from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
 from mcpo.policy import Policy
 from mcpo.prepare import Groups, load_groups
+from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
 from mcpo.summary import finish
@@ -65,7 +66,7 @@ def run(config: Config) -> None:
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
     if config.run.dry_run:
-        describe(config, console)
+        describe(config, placement.device, console)
         return
     _check_output_dir(config)
     distributed = launched_by_torchrun()
@@ -90,10 +91,18 @@ def _run(
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report, soft_wrap=True)
-    if config.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    recompute = resolve_recompute(
+        config,
+        groups.train,
+        model,
+        device_memory(placement.device, local_world_size()),
+    )
+    console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
     policy = Policy(
-        model, head_impl=config.model.head_impl, autocast_dtype=placement.autocast_dtype
+        model,
+        head_impl=config.model.head_impl,
+        autocast_dtype=placement.autocast_dtype,
+        recompute=recompute.mode,
     )
     policy.to(placement.device).train()
     optimizer = build_optimizer(policy, config.optim)

@@ -51,7 +51,8 @@ def loss_on_batch(
         num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
         num_candidates=batch.mask_PC.shape[1],
     ).to(engine.device)
-    logp_PC = group_logps(engine(batch), batch)
+    recompute = engine.policy.recompute_of(batch)
+    logp_PC = group_logps(engine(batch, recompute), batch)
     score_PC = candidate_scores(
         logp_PC.detach(),
         ref_logp_PC,
@@ -60,6 +61,8 @@ def loss_on_batch(
         beta=config.loss.beta,
     )
     draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
+    if recompute is not None and engine.policy.recompute != "full":
+        recompute.choose(segments_with_gradient(batch, draw))
     scored = ScoredBatch(
         logp_PC=logp_PC,
         ref_logp_PC=ref_logp_PC,
@@ -69,6 +72,17 @@ def loss_on_batch(
         negative_mask_PM=draw.mask_PM,
     )
     return loss_named(config.loss.loss_type)(scored, config.loss), scored, draw
+
+
+def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
+    """The chosen and the drawn candidates, the only ones a loss may depend on.
+
+    Which rows a backward has decides its shapes, so the host waits for the draw here.
+    """
+    chosen_P1 = batch.seq_of_PC[:, :1]
+    drawn_PM = batch.seq_of_PC.gather(1, draw.negative_PM).where(draw.mask_PM, chosen_P1)
+    seqs = torch.cat([chosen_P1, drawn_PM], dim=1).flatten().tolist()
+    return [batch.segment_of_S[seq] for seq in seqs]
 
 
 def train_step(

@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 from conftest import build_model
 
-from mcpo.dry_run import activation_bytes, count_parameters
+from mcpo.dry_run import without_weights
 from mcpo.pack import pack
 from mcpo.policy import Policy
+from mcpo.recompute import activation_bytes
 from mcpo.records import TokenizedGroup
 
 
@@ -13,7 +14,7 @@ def test_parameters_are_counted_once_without_weights() -> None:
     for tied in (True, False):
         model = build_model(tied=tied)
         expected = sum(parameter.numel() for parameter in model.parameters())
-        assert count_parameters(model.config) == expected
+        assert without_weights(model.config).num_parameters() == expected
 
 
 def test_estimate_of_activations_is_of_the_right_size() -> None:
@@ -36,5 +37,5 @@ def test_estimate_of_activations_is_of_the_right_size() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         policy.scored_hidden(batch)
     # The estimate is for bf16 products; in float32 those parts are twice as large.
-    estimate = activation_bytes(model.config, batch.layout.num_tokens, False)
+    estimate = activation_bytes(model.config, batch.layout.num_tokens, "none")
     assert estimate / 2 < sum(kept.values()) < 3 * estimate

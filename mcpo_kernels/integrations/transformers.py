@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcpo_kernels.prefix_attention.api import prefix_attention
-from mcpo_kernels.prefix_attention.layout import PrefixLayout
+from mcpo_kernels.prefix_attention.layout import PackedMask, PrefixLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -35,15 +35,6 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "mcpo_prefix"
 
 _layout: ContextVar[PrefixLayout | None] = ContextVar("mcpo_prefix_layout", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMask:
-    """What the layers get as their attention mask."""
-
-    layout: PrefixLayout
-    window: int | None
-    """Keys a token sees along its chain, as this kind of layer asked for; None for all."""
 
 
 def register() -> None:
@@ -60,6 +51,24 @@ def packed(layout: PrefixLayout) -> Generator[None]:
         yield
     finally:
         _layout.reset(token)
+
+
+def checkpointed_layers(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """The layers of a model that ask for checkpointing, for ``SelectiveRecompute``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = tuple(
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    )
+    if not layers:
+        raise ValueError(
+            f"the layers of {type(model).__name__} must be transformers' "
+            "GradientCheckpointingLayers to be recomputed, and it has none; train it without "
+            "recompute"
+        )
+    return layers
 
 
 def packed_mask(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 NO_PARENT = -1
 
@@ -71,3 +75,43 @@ class PrefixLayout:
     def prefix_length(self, segment: int) -> int:
         """Tokens before the first one of ``segment`` in its own sequence: its first position."""
         return sum(self.lengths[ancestor] for ancestor in self.ancestors(segment))
+
+    def with_ancestors(self, segments: Iterable[int]) -> tuple[int, ...]:
+        """These segments and all they continue, in packed order.
+
+        Raises:
+            ValueError: there is no such segment.
+        """
+        found: set[int] = set()
+        for segment in segments:
+            if not 0 <= segment < len(self.lengths):
+                raise ValueError(
+                    f"a segment must be in [0, {len(self.lengths)}), the segments of the layout, "
+                    f"got {segment}"
+                )
+            found.update((segment, *self.ancestors(segment)))
+        return tuple(sorted(found))
+
+    def restricted(self, segments: Iterable[int]) -> PrefixLayout:
+        """The layout of these segments and their ancestors alone, in packed order.
+
+        Whatever is left attends to the tokens it attended to before, for those stay with it.
+
+        Raises:
+            ValueError: there is no such segment.
+        """
+        kept = self.with_ancestors(segments)
+        number = {segment: new for new, segment in enumerate(kept)} | {NO_PARENT: NO_PARENT}
+        return PrefixLayout(
+            tuple(self.lengths[segment] for segment in kept),
+            tuple(number[self.parents[segment]] for segment in kept),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMask:
+    """A layout in the place of an attention mask, with the window of the layer that gets it."""
+
+    layout: PrefixLayout
+    window: int | None
+    """Keys a token sees along its chain, as this kind of layer asked for; None for all."""

@@ -1,0 +1,141 @@
+"""What the backward computes again: how much is kept in the forward is a trade of memory for work.
+
+=========  ================================================  ==================================
+mode       kept until the negatives are drawn, for all rows  computed again, for rows with gradient
+=========  ================================================  ==================================
+none       everything                                        nothing; but the backward runs over
+                                                             all rows
+light      inputs of layers, results of linear layers        what lies between linear layers
+selective  inputs of layers                                  the layers
+full       inputs of layers                                  the layers, over all rows
+=========  ================================================  ==================================
+
+With T packed tokens of which R have gradient, and the forward of a token's layers as the unit, a
+step costs 3T, about T + 2R, T + 3R and 4T. All give the same gradient but for rounding.
+"""
+# T packed tokens
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mcpo.config import Config, ModelConfig
+from mcpo.pack import packed_length
+from mcpo.records import TokenizedGroup
+from mcpo_kernels.integrations.transformers import checkpointed_layers
+
+# Bytes a float32 parameter takes while training: itself, its gradient, and AdamW's two moments.
+BYTES_PER_PARAMETER = 16
+# The estimate of activations is right to a factor of two, by test.
+SAFETY = 2
+# Of a row with gradient, "light" computes again what is not a product, about a tenth of the work
+# that it saves in a row without.
+MOST_WITH_GRADIENT = 0.9
+
+
+class Recompute(NamedTuple):
+    """A mode and why it is the one."""
+
+    mode: str
+    reason: str
+
+
+def resolve_recompute(
+    config: Config,
+    groups: Sequence[TokenizedGroup],
+    model: PreTrainedModel,
+    memory: int,
+) -> Recompute:
+    """The mode of a run, and why.
+
+    Args:
+        config: what is asked for.
+        groups: those trained on.
+        model: to be trained, or one like it on the device "meta".
+        memory: bytes of the device, for one process; not what happens to be free, so that a
+            resumed run resolves alike.
+    """
+    asked = asked_mode(config.model)
+    if asked != "auto":
+        return Recompute(asked, "it was given")
+    try:
+        checkpointed_layers(model)
+    except ValueError as error:
+        return Recompute("none", f"auto: {error}")
+    tokens = largest_micro_batch(config, groups)
+    state = model.num_parameters() * BYTES_PER_PARAMETER
+    share = share_with_gradient(groups, config.kernel.num_negatives, config.model.prefix_sharing)
+    plenty = "none" if share > MOST_WITH_GRADIENT else "light"
+    needed = state + SAFETY * activation_bytes(model.config, tokens, plenty)
+    sizes = f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
+    if needed > memory:
+        return Recompute("selective", f"auto: {plenty!r} does not fit, {sizes}")
+    return Recompute(plenty, f"auto: {share:.0%} of the tokens have a gradient, {sizes}")
+
+
+def asked_mode(config: ModelConfig) -> str:
+    """The mode that is asked for under either name, or "auto"."""
+    if config.gradient_checkpointing is None:
+        return config.recompute
+    return "selective" if config.gradient_checkpointing else "none"
+
+
+def largest_micro_batch(config: Config, groups: Sequence[TokenizedGroup]) -> int:
+    """Packed tokens of the largest micro-batch there can be."""
+    tokens = sorted(packed_length(group, config.model.prefix_sharing) for group in groups)
+    return min(
+        max(config.optim.max_tokens_per_micro_batch, tokens[-1]),
+        sum(tokens[-config.optim.per_device_train_batch_size :]),
+    )
+
+
+def share_with_gradient(
+    groups: Sequence[TokenizedGroup], num_negatives: int, share_prefix: bool
+) -> float:
+    """Of the packed tokens, those of prompts, chosen and drawn candidates, were draws uniform."""
+    every = sum(packed_length(group, share_prefix) for group in groups)
+    return (
+        sum(_tokens_with_gradient(group, num_negatives, share_prefix) for group in groups) / every
+    )
+
+
+def _tokens_with_gradient(group: TokenizedGroup, num_negatives: int, share_prefix: bool) -> float:
+    pool = [len(ids) - 1 for ids in group.candidate_ids[1:]]
+    drawn = min(num_negatives, len(pool))
+    prompts = 1 if share_prefix else 1 + drawn
+    chosen = len(group.candidate_ids[0]) - 1
+    return prompts * len(group.prompt_ids) + chosen + drawn * sum(pool) / len(pool)
+
+
+def activation_bytes(config: PretrainedConfig, num_tokens: int, mode: str) -> int:
+    """Rough bytes kept for the backward of a micro-batch of a Llama-like model.
+
+    Per token and layer: four vectors of the residual stream and its norms in float32; queries,
+    keys, values and attention output, and four of the feed-forward width, in two bytes each. With
+    recompute a layer keeps its input, "light" the results of its seven linear layers too, and one
+    layer at a time all of it.
+    """
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    wide = getattr(text, "intermediate_size", None) or 4 * hidden
+    inside = 4 * 4 * hidden + 2 * 4 * hidden + 2 * 4 * wide
+    if mode == "none":
+        return num_tokens * inside * layers
+    products = 2 * (5 * hidden + 2 * wide) if mode == "light" else 0
+    return num_tokens * ((4 * hidden + products) * layers + inside)
+
+
+def device_memory(device: torch.device, processes: int) -> int:
+    """Bytes of the device for each of ``processes`` that share it: of a GPU, one has it all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, machine if allowed == "max" else int(allowed)) // processes

@@ -1,0 +1,1 @@
+"""Activation checkpointing that replays only the rows with gradient."""
