@@ -127,15 +127,12 @@ def select_points(options: Any) -> list[step_points.Point]:
     Raises:
         ValueError: an option names something that is not known.
     """
-    if not options.points:
-        return list(step_points.QUICK if options.quick else step_points.GRID)
-    dtypes = cells.parse_names(options.dtypes or "bf16", step_points.DTYPES, "--dtypes")
+    if options.quick and not options.points:
+        return list(step_points.QUICK)
+    texts = options.points.split(",") if options.points else step_points.GRID
+    dtypes = cells.parse_names(options.dtypes or "fp32,bf16", step_points.DTYPES, "--dtypes")
     model = options.model or step_points.SMOLLM2
-    return [
-        step_points.parse_point(text, model, dtype)
-        for dtype in dtypes
-        for text in options.points.split(",")
-    ]
+    return [step_points.parse_point(text, model, dtype) for dtype in dtypes for text in texts]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.conftest import select_points
 from benchmarks.peers import Missing
 from benchmarks.step import flops, gate, memory, models, problem, session
 from benchmarks.step.__main__ import main
@@ -165,10 +167,24 @@ def test_groups_come_from_a_file(candidates_file, tiny_tokenizer):
 
 def test_points_are_read_as_they_are_written():
     assert parse_point("5x4x3", "tiny", "fp32") == POINT
-    assert len(GRID) == len(set(GRID)) == 16
+    assert len({parse_point(text, "smollm2-135m", "bf16") for text in GRID}) == 16
     for text in ("5x4", "5x1x3", "0x4x3", "5xax3", "5x4x3x"):
         with pytest.raises(ValueError, match="a point must be PROMPTxCOMPLETIONxPOOL"):
             parse_point(text, "tiny", "fp32")
+
+
+def options(**given: object) -> argparse.Namespace:
+    names = ("quick", "points", "model", "dtypes")
+    return argparse.Namespace(**{**dict.fromkeys(names), **given})
+
+
+def test_options_select_points():
+    found = select_points(options(points="5x4x3,6x4x3", model="tiny", dtypes="fp32"))
+    assert found == [POINT, dataclasses.replace(POINT, prompt=6)]
+    assert select_points(options(quick=True)) == list(QUICK)
+    assert len(select_points(options())) == 2 * len(GRID)
+    with pytest.raises(ValueError, match="--dtypes must be out of fp32, bf16; got fp8"):
+        select_points(options(dtypes="fp8"))
 
 
 # What is counted.

@@ -39,11 +39,7 @@ class Point:
         return f"{self.model}, {self.lengths}, pool of {self.pool}, {self.dtype}"
 
 
-GRID = tuple(
-    Point(model=SMOLLM2, dtype="bf16", prompt=prompt, completion=completion, pool=pool)
-    for prompt, completion in LENGTHS
-    for pool in POOLS
-)
+GRID = tuple(f"{prompt}x{completion}x{pool}" for prompt, completion in LENGTHS for pool in POOLS)
 QUICK = (Point(model=TINY, dtype="fp32", prompt=12, completion=6, pool=3),)
 
 
