@@ -142,6 +142,8 @@ def test_tables_show_what_missed_its_bar():
     assert "`trl_eager` (trl_best)" in one
     pools = tables.by_pool({POINT: ARMS})
     assert "P = 5, C = 4" in pools
+    # 3 of 6 seconds, 3 of 2 operations.
+    assert "0.50 (1.50)" in pools
     assert "7 of 9" in pools
 
 

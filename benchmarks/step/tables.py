@@ -70,8 +70,8 @@ def bars_of(arms: Mapping[str, Row]) -> str:
 
 
 def by_pool(found: Found) -> str:
-    """For every length and pool: the time of MC-PO, and the ratio to each other arm."""
-    head = ["model", "lengths", "dtype", "pool", "recompute", "mcpo s", "FLOPs / dpo"]
+    """For every length and pool: the time of MC-PO, and its ratio to that of each other arm."""
+    head = ["model", "lengths", "dtype", "pool", "recompute", "mcpo s"]
     table = [[*head, *(f"/ {name}" for name in COMPARED), "bars kept"]]
     for point, arms in sorted(found.items(), key=lambda each: order(each[0])):
         if "mcpo" not in arms:
@@ -86,8 +86,7 @@ def by_pool(found: Found) -> str:
                 str(point.pool),
                 arms["mcpo"].recompute,
                 _number(arms["mcpo"].median),
-                _ratio(flop_ratio(arms)),
-                *(_ratio(time_ratio(every, "mcpo", name)) for name in COMPARED),
+                *(_compared(every, name) for name in COMPARED),
                 f"{sum(bar.passed for bar in kept)} of {len(kept)}",
             ]
         )
@@ -106,6 +105,14 @@ def details(found: Found) -> str:
         for point, arms in sorted(found.items(), key=lambda each: order(each[0]))
     ]
     return "\n\n".join(parts)
+
+
+def _compared(arms: Mapping[str, Row], name: str) -> str:
+    """Time of MC-PO over that of an arm, and in brackets the same of operations."""
+    time = time_ratio(arms, "mcpo", name)
+    if time is None:
+        return NOTHING
+    return f"{time:.2f} ({arms['mcpo'].flops / arms[name].flops:.2f})"
 
 
 def _bar(bar: Bar) -> str:
