@@ -301,6 +301,15 @@ def test_a_quick_run_prints_and_writes_what_it_measured(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("threads")
+def test_rounds_stop_where_the_budget_does(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--no_memory", "--arms", "dpo", "--results", str(results)]
+    assert main([*arguments, "--rounds", "50", "--budget", "0"]) == 0
+    (row,) = read(results)
+    assert len(row.seconds) == 1
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

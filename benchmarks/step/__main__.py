@@ -23,7 +23,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     peaks = {} if options.no_memory else ready.peaks()
     origin = provenance.collect(provenance.command("python -m benchmarks.step", arguments))
-    for number in range(0 if options.no_time else options.rounds):
-        ready.round(number)
-        _say(f"round {number + 1} of {options.rounds}")
+    if not options.no_time:
+        _rounds(ready, options.rounds, options.budget)
     found = ready.rows(peaks, origin)
     rows.append(found, options.results or (rows.QUICK if options.quick else rows.FULL))
     if options.no_time:
@@ -97,6 +98,18 @@ def as_json(found: Mapping[str, Row]) -> dict[str, Any]:
     }
 
 
+def _rounds(ready: session.Session, most: int, budget: float) -> None:
+    """As many as there is time for, and one at least."""
+    began = time.monotonic()
+    for number in range(most):
+        ready.round(number)
+        passed = time.monotonic() - began
+        _say(f"round {number + 1} of {most}")
+        # One more would take as long as those before took on average.
+        if passed * (number + 2) / (number + 1) > budget:
+            break
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description="The price of a training step"
@@ -110,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="file of candidate rows in place of lengths")
     parser.add_argument("--arms", help=f"out of {', '.join(arms.NAMES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="each times every arm once")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds that all rounds may take"
+    )
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--no_memory", action="store_true", help="time alone")
     parser.add_argument("--no_time", action="store_true", help="memory alone")

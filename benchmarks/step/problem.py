@@ -24,10 +24,9 @@ from mcpo.config import Config, KernelConfig, LossConfig
 from mcpo.data import load_rows
 from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
 from mcpo.pack import pack
-from mcpo.policy import Policy
+from mcpo.policy import Policy, group_logps
 from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
-from mcpo.self_check import plain_logps
 from mcpo.tokens import TokenConfig, tokenize
 
 CONFIG = Config(kernel=KernelConfig(num_negatives=1), loss=LossConfig(loss_type="mcpo", beta=0.1))
@@ -168,20 +167,14 @@ def make(model: PreTrainedModel, groups: tuple[TokenizedGroup, ...], dtype: str)
     """
     policy = Policy(model, head_impl="auto", autocast_dtype=None)
     generator = torch.Generator().manual_seed(0)
-    logps = {
-        group.row_id: torch.stack(
-            [logp_L.sum() for logp_L in plain_logps(policy, group, autocast_dtype=None)]
-        )
-        for group in groups
-    }
-    reference = {
-        name: tuple((logp_C + SPREAD * torch.randn(len(logp_C), generator=generator)).tolist())
-        for name, logp_C in logps.items()
-    }
     batch = pack(groups, share_prefix=True)
-    logp_PC = ReferenceLogps(logps={name: tuple(each.tolist()) for name, each in logps.items()}).of(
-        batch
-    )
+    with torch.no_grad():
+        logp_PC = group_logps(policy(batch), batch)
+    offset_PC = SPREAD * torch.randn(logp_PC.shape, generator=generator)
+    reference = {
+        group.row_id: tuple((logp_C + offset_C)[: group.num_candidates].tolist())
+        for group, logp_C, offset_C in zip(groups, logp_PC, offset_PC, strict=True)
+    }
     score_PC = CONFIG.loss.beta * (logp_PC - ReferenceLogps(logps=reference).of(batch))
     step = next(
         step for step in range(MOST_STEPS) if _least_gap(score_PC, batch, step) >= LEAST_GAP
