@@ -252,7 +252,9 @@ def test_memory_is_that_of_a_second_step_beyond_the_weights(monkeypatch):
     arm = dataclasses.replace(named("dpo"), build=build)
     monkeypatch.setattr(memory, "named", {"it": arm}.__getitem__)
     posed = make(problem.synthetic_groups(POINT, models.VOCABULARY), "fp32")
-    assert memory.measure("it", "tiny", posed) / 2**20 == pytest.approx(16, abs=4)
+    peak = memory.measure("it", "tiny", posed)
+    assert peak.num_bytes / 2**20 == pytest.approx(16, abs=4)
+    assert peak.recompute == "none"
     assert len(calls) == 2
 
 
@@ -260,7 +262,7 @@ def test_a_process_that_died_is_no_answer(monkeypatch):
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
     posed = make(problem.synthetic_groups(POINT, models.VOCABULARY), "fp32")
     with pytest.raises(RuntimeError, match="the process that measures the memory of dpo ended"):
-        memory.peak_bytes("dpo", "tiny", posed)
+        memory.peak_of("dpo", "tiny", posed)
 
 
 # All of it.
@@ -298,6 +300,17 @@ def test_a_quick_run_prints_and_writes_what_it_measured(tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert re.search(r"mcpo / dpo: \d+\.\d\d of the time, \d+\.\d\d of the FLOPs", printed)
+
+
+@pytest.mark.usefixtures("threads")
+def test_memory_alone_is_a_row_without_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "peak_of", lambda *_: memory.Peak(77, "light"))
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--no_time", "--arms", "mcpo", "--results", str(results)]
+    assert main(arguments) == 0
+    (row,) = read(results)
+    assert (row.arm, row.peak_bytes, row.recompute) == ("mcpo", 77, "light")
+    assert (row.seconds, row.errors) == ((), {})
 
 
 @pytest.mark.usefixtures("threads")

@@ -50,22 +50,24 @@ def main(argv: list[str] | None = None) -> int:
     if options.no_time and (options.no_memory or options.json):
         print("error: --no_time goes with neither --no_memory nor --json", file=sys.stderr)
         return 2
+    origin = provenance.collect(provenance.command("python -m benchmarks.step", arguments))
+    results: Path = options.results or (rows.QUICK if options.quick else rows.FULL)
     try:
         point = _point(options)
         chosen = [arms.named(name) for name in _names(options)]
+        if options.no_time:
+            for row in session.memory_rows(point, chosen, options.data, origin):
+                rows.append([row], results)
+                print(f"{row.arm} ({row.recompute}): {row.peak_bytes} bytes", flush=True)
+            return 0
         ready = session.prepare(point, chosen, options.data, _say)
     except (ValueError, FileNotFoundError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     peaks = {} if options.no_memory else ready.peaks()
-    origin = provenance.collect(provenance.command("python -m benchmarks.step", arguments))
-    if not options.no_time:
-        _rounds(ready, options.rounds, options.budget)
+    _rounds(ready, options.rounds, options.budget)
     found = ready.rows(peaks, origin)
-    rows.append(found, options.results or (rows.QUICK if options.quick else rows.FULL))
-    if options.no_time:
-        print({row.arm: row.peak_bytes for row in found})
-        return 0
+    rows.append(found, results)
     by_arm = {row.arm: row for row in found}
     print(tables.one_point(by_arm))
     print(tables.bars_of(by_arm))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.memory import ROOT, highest, keep_nothing
 from benchmarks.step import models
@@ -21,7 +22,14 @@ from benchmarks.step.arms import named
 from benchmarks.step.problem import Problem, restore
 
 
-def peak_bytes(arm: str, model: str, problem: Problem) -> int:
+class Peak(NamedTuple):
+    """Of an arm, and what its backward computed again."""
+
+    num_bytes: int
+    recompute: str
+
+
+def peak_of(arm: str, model: str, problem: Problem) -> Peak:
     """Start the process and wait for it.
 
     Raises:
@@ -42,10 +50,10 @@ def peak_bytes(arm: str, model: str, problem: Problem) -> int:
             f"the process that measures the memory of {arm} ended with {done.returncode}; its "
             "output says why (-9: killed, as when memory is short)"
         )
-    return int(json.loads(done.stdout))
+    return Peak(*json.loads(done.stdout))
 
 
-def measure(arm: str, name: str, problem: Problem) -> int:
+def measure(arm: str, name: str, problem: Problem) -> Peak:
     """In this process, which must have done nothing else."""
     model, tokenizer = models.load(name)
     found = named(arm)
@@ -54,7 +62,7 @@ def measure(arm: str, name: str, problem: Problem) -> int:
     model.zero_grad(set_to_none=True)
     gc.collect()
     _, _, mib = highest(built.step)
-    return round(mib * 2**20)
+    return Peak(round(mib * 2**20), built.recompute)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Row:
     tokens: int
     """Through the body in all forwards."""
     errors: dict[str, float]
-    """Of loss and gradient, and what the gate allows of each."""
+    """Of loss and gradient, and what the gate allows of each; none where there are no seconds."""
     versions: str
     provenance: Provenance
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.measure import Clocks, Taken, timed
 from benchmarks.rows import Provenance
@@ -55,7 +55,7 @@ class Session:
     def peaks(self) -> dict[str, int]:
         """Peak bytes of each arm."""
         return {
-            ready.arm.name: memory.peak_bytes(ready.arm.name, self.point.model, self.problem)
+            ready.arm.name: memory.peak_of(ready.arm.name, self.point.model, self.problem).num_bytes
             for ready in self.arms
         }
 
@@ -90,12 +90,7 @@ def prepare(
         Missing: an arm needs a package that is not installed.
     """
     model, tokenizer = models.load(point.model)
-    if data is None:
-        vocabulary = model.config.get_text_config().vocab_size
-        groups = problem.synthetic_groups(point, vocabulary)
-    else:
-        groups = problem.groups_of(data, point, tokenizer)
-    posed = problem.make(models.sharing(model), groups, point.dtype)
+    posed = _pose(point, model, tokenizer, data)
     oracle = gate.make_oracle(posed, model)
     arms: list[Ready] = []
     for arm in chosen:
@@ -111,6 +106,41 @@ def prepare(
         )
         arms.append(Ready(arm=arm, built=built, model=twin, errors=errors))
     return Session(point=point, problem=posed, costs=flops.Costs.of(model), arms=tuple(arms))
+
+
+def memory_rows(
+    point: Point, chosen: Sequence[Arm], data: Path | None, origin: Provenance
+) -> Iterator[Row]:
+    """Peaks alone, arm by arm; they count beside times, and those have passed the gate."""
+    model, tokenizer = models.load(point.model)
+    posed = _pose(point, model, tokenizer, data)
+    for arm in chosen:
+        peak = memory.peak_of(arm.name, point.model, posed)
+        yield Row(
+            point=point,
+            arm=arm.name,
+            recompute=peak.recompute,
+            seconds=(),
+            wall_seconds=(),
+            others=(),
+            peak_bytes=peak.num_bytes,
+            flops=flops.count(arm, peak.recompute, posed, flops.Costs.of(model)),
+            tokens=flops.packed_tokens(arm, posed),
+            errors={},
+            versions=_versions(arm),
+            provenance=origin,
+        )
+
+
+def _pose(
+    point: Point, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
+) -> problem.Problem:
+    if data is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        groups = problem.synthetic_groups(point, vocabulary)
+    else:
+        groups = problem.groups_of(data, point, tokenizer)
+    return problem.make(models.sharing(model), groups, point.dtype)
 
 
 def _versions(arm: Arm) -> str:
