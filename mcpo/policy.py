@@ -19,14 +19,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mcpo.records import PackedBatch
-from mcpo_kernels import sequence_logprobs
+from mcpo_kernels import SelectiveRecompute, sequence_logprobs
 from mcpo_kernels.integrations.transformers import (
     ATTENTION_NAME,
     checkpointed_layers,
     packed,
     register,
 )
-from mcpo_kernels.selective_recompute.api import SelectiveRecompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

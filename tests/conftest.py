@@ -75,6 +75,18 @@ def build_model(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@pytest.fixture
+def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softmax in the dtype of its input, where models ask for float32; see ``tiny_models``."""
+    softmax, to_float = torch.softmax, torch.Tensor.float
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t)
+    )
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda logits, dim, **_: softmax(logits, dim)
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer()

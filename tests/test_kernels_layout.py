@@ -13,6 +13,21 @@ def test_a_tree():
     assert [layout.prefix_length(segment) for segment in range(5)] == [0, 3, 3, 5, 0]
 
 
+def test_some_segments_come_with_what_they_continue():
+    layout = PrefixLayout((3, 2, 0, 4, 1), (-1, 0, 0, 1, -1))
+    assert layout.with_ancestors([3]) == (0, 1, 3)
+    assert layout.with_ancestors([4, 2, 2]) == (0, 2, 4)
+    assert layout.restricted([3, 4]) == PrefixLayout((3, 2, 4, 1), (-1, 0, 1, -1))
+    assert layout.restricted([]) == PrefixLayout((), ())
+
+
+@pytest.mark.parametrize("segment", [-1, 5])
+def test_a_segment_must_be_there(segment):
+    layout = PrefixLayout((3, 2, 0, 4, 1), (-1, 0, 0, 1, -1))
+    with pytest.raises(ValueError, match=rf"must be in \[0, 5\).*got {segment}"):
+        layout.restricted([0, segment])
+
+
 def test_varlen_has_no_parents():
     assert PrefixLayout.varlen((2, 0, 3)) == PrefixLayout((2, 0, 3), (-1, -1, -1))
 

@@ -4,15 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen3Config,
-)
+from tiny_models import CONFIGS, float64_model
+from transformers import AttentionInterface
 from transformers import masking_utils as masks
 
 from mcpo_kernels import PrefixLayout
@@ -25,31 +18,6 @@ from mcpo_kernels.integrations.transformers import (
     register,
 )
 
-WINDOW = 6
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
-    "gemma2": Gemma2Config(
-        **SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
-    ),
-    "qwen3": Qwen3Config(**SIZES),
-    "gpt_oss": GptOssConfig(
-        **SIZES, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
-    ),
-}
 PROMPTS = (9, 4)
 CANDIDATES = ((5, 3, 5, 1), (7, 0, 7))
 LAYOUT = PrefixLayout((9, 5, 3, 5, 1, 4, 7, 0, 7), (-1, 0, 0, 0, 0, -1, 5, 5, 5))
@@ -60,41 +28,13 @@ def registered():
     register()
 
 
-def norm_in_float64(module, hidden):
-    weight = 1.0 + module.weight if "Gemma" in type(module).__name__ else module.weight
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
-
-
 @pytest.fixture
-def make_model(monkeypatch):
-    """Tiny random models that compute in float64 throughout.
-
-    Those of transformers normalise, and in eager attention weigh, in float32; the rounding would
-    hide errors a thousand million times larger than those of float64.
-    """
-    softmax = torch.softmax
-    monkeypatch.setattr(
-        torch.nn.functional, "softmax", lambda logits, dim, **_: softmax(logits, dim)
-    )
-
+def make_model(exact_softmax):
     def make(name, *, checkpointing=False):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            CONFIGS[name],
-            attn_implementation="eager",
-            dtype=torch.float64,
-            # The grouped GEMM of the experts has no float64.
-            experts_implementation="eager",
-        )
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(norm_in_float64, module)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        model = float64_model(name)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        return model
 
     return make
 

@@ -116,9 +116,9 @@ class SelectiveRecompute:
         return rows.kept_R
 
     def kept_bytes(self) -> int:
-        """Bytes that are held for the backward at this moment."""
-        tensors = [tensor for held in self._alive() for tensor in held.tensors]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Bytes of memory that are held for the backward at this moment."""
+        storages = [tensor.untyped_storage() for held in self._alive() for tensor in held.tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _alive(self) -> list[Held]:
         """Of layers whose graph was not freed yet."""

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from mcpo_kernels.prefix_attention.layout import PrefixLayout
 
 
+CHANGED = (
+    "the input of a layer must stay as it was until its backward, and one was changed in place; "
+    "train this model without recompute"
+)
+
+
 class Choice:
     """The rows of one forward, open until they are chosen; its layers share it."""
 
@@ -67,10 +73,7 @@ class Held:
 
     def _check(self, number: int) -> None:
         if self.tensors[number]._version != self.versions[number]:
-            raise RuntimeError(
-                "the input of a layer must stay as it was until its backward, and one was changed "
-                "in place; use recompute 'off' with this model"
-            )
+            raise RuntimeError(CHANGED)
 
     def __getitem__(self, number: int) -> Tensor:
         """The tensor as it is now."""
@@ -117,12 +120,12 @@ class LayerCall:
         if any(_needs_gradient(value) for value in (*others, *options.values())):
             raise NotImplementedError(
                 "a tensor that needs a gradient must be a positional argument of its layer, got "
-                "one among its keywords or inside a tuple; use recompute 'off' with this model"
+                "one among its keywords or inside a tuple; train this model without recompute"
             )
         if not places:
             raise NotImplementedError(
                 "a layer must get its hidden states as a positional argument to be replayed, got "
-                "none; use recompute 'off' with this model"
+                "none; train this model without recompute"
             )
         devices = dict.fromkeys(("cpu", *(arguments[place].device.type for place in places)))
         autocast = tuple(
@@ -160,6 +163,7 @@ class Replayed(Function):
         choice = call.choice
         noting = Noting(choice.layout.num_tokens, products=choice.keep_products)
         before = _random_state(tensors[0].device)
+        versions = [tensor._version for tensor in tensors]
         with noting:
             output = call.run(tensors, None)
         if not torch.equal(before, _random_state(tensors[0].device)):
@@ -167,6 +171,8 @@ class Replayed(Function):
                 "a layer must not draw random numbers when it is replayed on other rows, and this "
                 "one did; switch dropout and router noise off"
             )
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError(CHANGED)
         ctx.call = call
         ctx.notes, answers = noting.finish()
         ctx.dims = tuple(row_dim(tensor, choice.layout.num_tokens) for tensor in tensors)
@@ -224,8 +230,9 @@ def _go_back(outputs: Any, gradients: tuple[Tensor | None, ...], rows: Rows | No
 def _kept_gradient(gradient: Tensor, rows: Rows) -> Tensor:
     """The kept rows of what comes from above; the dropped ones must hold zeros.
 
-    On the CPU anything else raises. Elsewhere looking would wait for the device, so it makes the
-    gradient NaN, and no wrong number comes out either way.
+    On the CPU another number raises. Elsewhere looking would wait for the device, so it makes the
+    gradient NaN, and no wrong number comes out either way. NaN makes NaN everywhere, as it would
+    in a whole backward.
     """
     dim = row_dim(gradient, rows.whole.num_tokens)
     if dim is None:
@@ -233,14 +240,16 @@ def _kept_gradient(gradient: Tensor, rows: Rows) -> Tensor:
     kept = gradient.index_select(dim, rows.kept_R)
     if rows.is_everything:
         return kept
-    lost = gradient.index_select(dim, rows.dropped_Q).ne(0).any()
+    others = gradient.index_select(dim, rows.dropped_Q)
+    lost = others.ne(0).any()
     if gradient.device.type == "cpu":
-        if bool(lost):
+        if not bool(lost):
+            return kept
+        if not bool(others.isnan().any()):
             raise RuntimeError(
                 "a gradient reached rows that were not chosen, so their share would be lost; "
                 "choose every segment that the loss depends on, or do not choose at all"
             )
-        return kept
     return poisoned(kept, lost)
 
 
