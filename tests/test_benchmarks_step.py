@@ -314,6 +314,17 @@ def test_memory_alone_is_a_row_without_seconds(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("threads")
+def test_rows_of_a_file_are_measured(candidates_file, tmp_path):
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--model", "tiny", "--data", str(candidates_file), "--groups", "4", "--pool", "3"]
+    arms = ["--arms", "mcpo,dpo,dpo_padded", "--rounds", "1", "--no_memory"]
+    assert main([*arguments, *arms, "--results", str(results)]) == 0
+    for row in read(results):
+        assert row.point.lengths == f"4 rows of {candidates_file.name}"
+        assert f"--data {candidates_file.name} " in row.provenance.command
+
+
+@pytest.mark.usefixtures("threads")
 def test_rounds_stop_where_the_budget_does(tmp_path):
     results = tmp_path / "rows.jsonl"
     arguments = ["--quick", "--no_memory", "--arms", "dpo", "--results", str(results)]

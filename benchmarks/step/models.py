@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -85,8 +86,10 @@ def _tiny() -> PreTrainedModel:
 def _words() -> PreTrainedTokenizerBase:
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"])}
     vocabulary |= {f"w{index}": index for index in range(len(vocabulary), VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")),
+        tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
