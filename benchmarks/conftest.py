@@ -1,10 +1,10 @@
-"""Options of the suite, the cells they select, and inputs shared by the cells of a shape."""
+"""Options of the suites, the cells and points they select, and what those share."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ import torch
 
 from benchmarks import cells, gate, memory, peers, provenance, roofline, rows, tables, workload
 from benchmarks.measure import Limits, cpu_seconds
+from benchmarks.step import arms as step_arms
+from benchmarks.step import points as step_points
+from benchmarks.step import rows as step_rows
+from benchmarks.step import tables as step_tables
 
 NAMES = tuple(peer.name for peer in peers.PEERS)
 GRID = ",".join(map(str, cells.GRID))
 SESSION = pytest.StashKey[list[rows.Row]]()
+STEPS = pytest.StashKey[list[step_rows.Row]]()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,21 +46,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, help="of a cell at most (default: 10; quick: 3)")
     group.addoption("--budget", type=float, help="seconds of a cell's rounds (default: 20; 2)")
     group.addoption("--results", type=Path, help="file that rows are appended to")
+    group = parser.getgroup("step", "benchmarks of a training step")
+    group.addoption("--points", help="PxCxPOOL, comma-separated, such as 256x128x5 (default: all)")
+    group.addoption("--model", help=f"of --points (default: {step_points.SMOLLM2})")
+    group.addoption("--arms", help=f"out of {', '.join(step_arms.NAMES)} (default: all)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let other libraries warn: the suite reports, and does not judge their code."""
     config.addinivalue_line("filterwarnings", "default")
     config.stash[SESSION] = []
+    config.stash[STEPS] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each cell; those of one shape and dtype follow one another."""
-    options = metafunc.config.option
+    """A test for each cell of the head, or for each point of the step."""
     try:
-        selected = select(options)
+        if "point" in metafunc.fixturenames:
+            _generate_steps(metafunc)
+        else:
+            _generate_cells(metafunc)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+def _generate_steps(metafunc: pytest.Metafunc) -> None:
+    timed = pytest.mark.benchmark(group="step", timer=cpu_seconds)
+    points = [
+        pytest.param(point, id=str(point).replace(" ", "-"), marks=timed)
+        for point in select_points(metafunc.config.option)
+    ]
+    metafunc.parametrize("point", points)
+
+
+def _generate_cells(metafunc: pytest.Metafunc) -> None:
+    """Those of one shape and dtype follow one another."""
+    selected = select(metafunc.config.option)
     # pytest keeps a fixture as long as its parameter is the same object.
     shared = {(cell.shape, cell.dtype): (cell.shape, cell.dtype) for cell in selected}
     parameters = [
@@ -95,6 +121,51 @@ def select(options: Any) -> list[cells.Cell]:
     ]
 
 
+def select_points(options: Any) -> list[step_points.Point]:
+    """The points that the options name.
+
+    Raises:
+        ValueError: an option names something that is not known.
+    """
+    if options.quick and not options.points:
+        return list(step_points.QUICK)
+    texts = options.points.split(",") if options.points else step_points.GRID
+    dtypes = cells.parse_names(options.dtypes or "fp32,bf16", step_points.DTYPES, "--dtypes")
+    model = options.model or step_points.SMOLLM2
+    return [step_points.parse_point(text, model, dtype) for dtype in dtypes for text in texts]
+
+
+@pytest.fixture
+def arms(pytestconfig: pytest.Config) -> Sequence[step_arms.Arm]:
+    """The arms of a step that the options name."""
+    names = pytestconfig.option.arms or ",".join(step_arms.NAMES)
+    try:
+        chosen = cells.parse_names(names, step_arms.NAMES, "--arms")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    return [step_arms.named(name) for name in chosen]
+
+
+@pytest.fixture
+def num_rounds(pytestconfig: pytest.Config) -> int:
+    """How often each arm of a step is timed."""
+    options = pytestconfig.option
+    return options.rounds or (2 if options.quick else 5)
+
+
+@pytest.fixture
+def record_steps(pytestconfig: pytest.Config) -> Any:
+    """A function that appends the rows of a point to the results, and keeps them for the end."""
+    options = pytestconfig.option
+    path = options.results or (step_rows.QUICK if options.quick else step_rows.FULL)
+
+    def write(found: Sequence[step_rows.Row]) -> None:
+        step_rows.append(found, path)
+        pytestconfig.stash[STEPS].extend(found)
+
+    return write
+
+
 @pytest.fixture(scope="module")
 def work(request: pytest.FixtureRequest) -> Iterator[Workload]:
     """Inputs, oracle and bare products of a shape and dtype; those before are let go first."""
@@ -129,7 +200,7 @@ def limits(pytestconfig: pytest.Config) -> Limits:
 def origin(pytestconfig: pytest.Config) -> rows.Provenance:
     """Where this session's rows come from."""
     arguments = pytestconfig.invocation_params.args
-    return provenance.collect(" ".join(["pytest", *map(str, arguments)]))
+    return provenance.collect(provenance.command("pytest", arguments))
 
 
 @pytest.fixture
@@ -153,3 +224,7 @@ def pytest_terminal_summary(
     if found:
         terminalreporter.section("head: seconds by thread (x of bare products), MiB, errors")
         terminalreporter.write_line(tables.all_shapes(found))
+    steps = step_rows.latest(config.stash[STEPS])
+    if steps:
+        terminalreporter.section("step: seconds by thread, MiB beyond the weights")
+        terminalreporter.write_line(step_tables.details(steps))

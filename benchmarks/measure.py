@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.workload import Results
 
+T = TypeVar("T")
 Job = Callable[[], Results]
 
 
@@ -55,7 +56,7 @@ def cpu_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def timed(job: Job) -> tuple[Results, Taken]:
+def timed(job: Callable[[], T]) -> tuple[T, Taken]:
     """Call a job once."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     results = job()
@@ -79,23 +80,23 @@ def run_rounds(
     """
     found = Rounds()
     # Taken before the products, so that ticks of a hundredth of a second suffice for short jobs.
-    began = _Clocks.read()
+    began = Clocks.read()
 
     def before() -> None:
         nonlocal began
-        began = _Clocks.read()
+        began = Clocks.read()
         found.products.append(time_products())
 
     def run() -> None:
         _, taken = timed(job)
         found.taken.append(taken)
-        found.others.append(_Clocks.read().others_since(began))
+        found.others.append(Clocks.read().others_since(began))
 
     pedantic(run, setup=before, rounds=rounds)
     return found
 
 
-class _Clocks(NamedTuple):
+class Clocks(NamedTuple):
     """Seconds: CPU time of the machine, CPU time of this process, wall time."""
 
     machine: float
@@ -103,14 +104,14 @@ class _Clocks(NamedTuple):
     wall: float
 
     @classmethod
-    def read(cls) -> _Clocks:
+    def read(cls) -> Clocks:
         """Now."""
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         user, nice, system, _, _, irq, softirq, steal = (int(ticks) for ticks in fields)
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         return cls(busy, time.process_time(), time.perf_counter())
 
-    def others_since(self, before: _Clocks) -> float:
+    def others_since(self, before: Clocks) -> float:
         """Cores that other processes kept busy."""
         others = (self.machine - before.machine) - (self.own - before.own)
         cores = others / (self.wall - before.wall)

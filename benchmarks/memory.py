@@ -20,16 +20,17 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import torch
 
 from benchmarks import peers
 from benchmarks.cells import Shape, parse_shape
-from benchmarks.measure import timed
+from benchmarks.measure import Taken, timed
 from benchmarks.workload import Results, first_rows, make_inputs, make_job
 from mcpo_kernels.linear_logprob import cpu
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 # Of mallopt(3).
 M_MMAP_THRESHOLD, MAPPED = -3, 2**16
@@ -86,7 +87,18 @@ def open_meter(shape: Shape, dtype: str) -> Generator[Callable[[Request], Peak],
 
 
 def peak_of(job: Callable[[], Results]) -> Peak:
-    """Call a job once."""
+    """Call a job once; its results do not count."""
+    results, taken, mib = highest(job)
+    return Peak(mib - results.nbytes / 2**20, taken.wall_seconds)
+
+
+def keep_nothing() -> None:
+    """Have the allocator of this process give back whatever is freed, from now on."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
+
+
+def highest(job: Callable[[], T]) -> tuple[T, Taken, float]:
+    """Call a job once: what it gives, what it took, and its MiB beyond what was held before."""
     ctypes.CDLL(None).malloc_trim(0)
     if cpu.AVAILABLE:
         # What is held from call to call is needed all the same.
@@ -94,8 +106,7 @@ def peak_of(job: Callable[[], Results]) -> Peak:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mib("VmRSS")
     results, taken = timed(job)
-    mib = _status_mib("VmHWM") - before - results.nbytes / 2**20
-    return Peak(mib, taken.wall_seconds)
+    return results, taken, _status_mib("VmHWM") - before
 
 
 def serve(shape: Shape, dtype: str, requests: Iterable[str], replies: IO[str]) -> None:
@@ -115,7 +126,7 @@ def serve(shape: Shape, dtype: str, requests: Iterable[str], replies: IO[str]) -
 
 def main() -> None:
     """Serve on standard input and output."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
+    keep_nothing()
     replies = os.fdopen(os.dup(1), "w")
     # Whatever a library prints must not look like an answer.
     os.dup2(2, 1)

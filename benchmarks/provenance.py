@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,13 @@ from benchmarks.rows import Provenance
 
 ROOT = Path(__file__).parents[1]
 # What the suite and the report write does not make a tree dirty.
-WRITTEN = (":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/benchmarks", ":!docs/models.md")
+WRITTEN = (
+    ":!benchmarks/results",
+    ":!docs/benchmarks.md",
+    ":!docs/benchmarks_step.md",
+    ":!docs/benchmarks",
+    ":!docs/models.md",
+)
 FLAGS = ("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
@@ -35,6 +42,15 @@ def collect(command: str) -> Provenance:
         wait_policy=os.environ.get("OMP_WAIT_POLICY", "unset"),
         torch=torch.__version__,
     )
+
+
+def command(program: str, arguments: Iterable[object]) -> str:
+    """A command line in which a path outside of the repository is its last part alone."""
+
+    def shown(text: str) -> str:
+        return Path(text).name if Path(text).is_absolute() else text
+
+    return " ".join([program, *(shown(str(argument)) for argument in arguments)])
 
 
 def _field(cpuinfo: str, name: str) -> str:

@@ -1,0 +1,57 @@
+"""The arms that are ours: ``mcpo`` and ``dpo``, a step of the trainer without its update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.step.problem import CONFIG, Problem
+from mcpo.engine.single import SingleEngine
+from mcpo.pack import pack, split_by_budget
+from mcpo.policy import Policy
+from mcpo.recompute import device_memory, resolve_recompute
+from mcpo.step import loss_on_batch, prompt_metrics
+
+
+class PackedStep:
+    """Scores all candidates of all groups, draws, and trains: a call gives the loss.
+
+    Args:
+        problem: whose draw the trainer makes itself.
+        model: changed.
+        mode: of recompute; ``auto`` is resolved as the trainer does.
+    """
+
+    def __init__(self, problem: Problem, model: PreTrainedModel, mode: str) -> None:
+        cpu = torch.device("cpu")
+        if mode == "auto":
+            mode = resolve_recompute(CONFIG, problem.groups, model, device_memory(cpu, 1)).mode
+        self.mode = mode
+        policy = Policy(
+            model, head_impl="auto", autocast_dtype=problem.autocast_dtype, recompute=mode
+        )
+        # Never stepped: the update is the same work for every arm, and left out.
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        self._engine = SingleEngine(policy.train(), optimizer, cpu)
+        self._problem = problem
+        budget = CONFIG.optim.max_tokens_per_micro_batch
+        self._batches = [
+            pack(groups, share_prefix=True)
+            for groups in split_by_budget(problem.groups, budget, share_prefix=True)
+        ]
+
+    def __call__(self) -> Tensor:
+        """Forward and backward of all micro-batches, and the metrics that are logged."""
+        problem, total = self._problem, torch.zeros(())
+        for batch in self._batches:
+            loss_P, scored, draw = loss_on_batch(
+                self._engine, batch, problem.references, CONFIG, problem.step
+            )
+            share = loss_P.sum() / len(problem.groups)
+            self._engine.backward(share)
+            metrics = prompt_metrics(loss_P, scored, draw, CONFIG.loss.beta)
+            for values_P in metrics.values():
+                values_P.detach().double().sum().item()
+            total = total + share.detach()
+        return total
