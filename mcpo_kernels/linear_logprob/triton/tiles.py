@@ -81,12 +81,12 @@ DEFAULTS: dict[tuple[str, str], dict[str, Tile]] = {
     ),
     ("sm90", "16-bit"): _both(
         Tile(128, 128, 64, 8, 3, 8),
-        Tile(128, 64, 256, 8, 3, 8),
+        Tile(128, 64, 128, 8, 4, 8),
         Tile(64, 128, 256, 8, 3, 8),
     ),
     ("sm100", "16-bit"): _both(
         Tile(128, 128, 64, 8, 3, 8),
-        Tile(128, 64, 256, 8, 3, 8),
+        Tile(128, 64, 128, 8, 4, 8),
         Tile(64, 128, 256, 8, 3, 8),
     ),
     # A stage more than one would not fit: 64 KiB for everything.
@@ -117,29 +117,34 @@ SLAB_MULTIPLE = 512
 """Columns a slab is a multiple of, and its least."""
 
 
-def default_tile(kernel: str, family: str, operands: str) -> Tile:
-    """The tile of a launch."""
-    return DEFAULTS[family, operands][kernel]
+def default_tiles(family: str, operands: str) -> dict[str, Tile]:
+    """The tiles of a launch, by kernel, where nothing was tuned."""
+    return DEFAULTS[family, operands]
+
+
+_OUTER = {
+    "16-bit": ((64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128)),
+    "fp32": ((64, 64), (64, 128), (128, 64)),
+}
+_INNER = {"16-bit": (32, 64), "fp32": (16, 32)}
+_STAGES = {"sm80": (3, 4), "sm89": (2, 3), "sm90": (3, 4), "sm100": (3, 4), "gfx942": (2,)}
 
 
 def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
-    """Tiles that tuning may try: those that fit by the sizes above. The default is one of them."""
-    inner = (16, 32) if operands == "fp32" else (32, 64, 128)
-    outer = (32, 64, 128) if operands == "fp32" else (64, 128, 256)
-    stages = (1, 2) if family == "gfx942" else (2, 3, 4, 5)
-    for first, second, depth, warps, stage, group in product(
-        outer, outer, inner, (4, 8), stages, (4, 8, 16)
+    """Tiles that tuning may try, the default first."""
+    default = default_tiles(family, operands)[kernel]
+    yield default
+    for (first, second), inner, warps, stages in product(
+        _OUTER[operands], _INNER[operands], (4, 8), _STAGES[family]
     ):
         block_n, block_v, block_d = {
-            "forward": (first, second, depth),
-            "dlogits": (first, second, depth),
-            "dhidden": (first, depth, second),
-            "dweight": (depth, first, second),
+            "forward": (first, second, inner),
+            "dlogits": (first, second, inner),
+            "dhidden": (first, inner, second),
+            "dweight": (inner, first, second),
         }[kernel]
-        if kernel in ("forward", "dlogits") and block_v % 64:
-            continue
-        tile = Tile(block_n, block_v, block_d, warps, stage, group)
-        if fits(tile, kernel, family, operands):
+        tile = Tile(block_n, block_v, block_d, warps, stages, default.group)
+        if tile != default and fits(tile, kernel, family, operands):
             yield tile
 
 
