@@ -5,21 +5,30 @@ With a softcap c, slope = 1 - (z / c)^2, else 1. The entry of the target comes f
 1 - p = -expm1(logp), exact where p is so near 1 that the difference would round to 0.
 
 Tiling. A program owns a tile of BLOCK_N rows and BLOCK_V columns, its inner loop goes over D.
-Programs behind the last row with gradient leave at once.
+Programs behind the last row with gradient leave at once; so do those whose tile the filter leaves
+out (``selection.py``), and write zeros.
 
 Memory. dz [N, slab] in the dtype of the operands, rows padded to a multiple of 16 numbers. Each
 program may add up its columns, before rounding, for dbias: [row blocks, slab] in float32.
 """
-# N rows, D hidden, V vocabulary
+# N rows, D hidden, V vocabulary, W columns of the slab, B blocks of rows
 # Triton types the arguments of a kernel at its launch.
 # pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
 
 from mcpo_kernels.linear_logprob.triton.logits import block_pair, logits_tile, starts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mcpo_kernels.linear_logprob.triton.slab import Slab
 
 
 @triton.jit
@@ -39,6 +48,7 @@ def dlogits_kernel(  # noqa: PLR0913
     count_ptr,
     dz_ptr,
     dbias_ptr,
+    keep_ptr,
     num_tokens,
     num_columns,
     num_hidden,
@@ -52,14 +62,23 @@ def dlogits_kernel(  # noqa: PLR0913
     PRECISION: tl.constexpr,
 ):
     """One tile of dz; weight and bias are those of the slab, which begins at first_column."""
+    num_column_blocks = tl.cdiv(num_columns, BLOCK_V)
     row_block, column_block = block_pair(
-        tl.program_id(0), tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(num_columns, BLOCK_V), GROUP
+        tl.program_id(0), tl.cdiv(num_tokens, BLOCK_N), num_column_blocks, GROUP
     )
     count = tl.load(count_ptr).to(tl.int32)
     offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_n, mask_v = offs_n < count, offs_v < num_columns
-    if row_block * BLOCK_N >= count:
+    dz_ptrs = dz_ptr + starts(offs_n, row_length(num_columns))[:, None] + offs_v[None, :]
+    mask = mask_n[:, None] & mask_v[None, :]
+    idle = row_block * BLOCK_N >= count
+    if keep_ptr is not None:
+        idle = idle | (tl.load(keep_ptr + row_block * num_column_blocks + column_block) == 0)
+    if idle:
+        # The products read every row with gradient, whether or not they skip as this does.
+        zeros = tl.zeros((BLOCK_N, BLOCK_V), dtype=dz_ptr.dtype.element_ty)
+        tl.store(dz_ptrs, zeros, mask=mask)
         if dbias_ptr is not None:
             dbias_ptrs = dbias_ptr + starts(row_block, num_columns) + offs_v
             tl.store(dbias_ptrs, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=mask_v)
@@ -83,9 +102,38 @@ def dlogits_kernel(  # noqa: PLR0913
         dz *= 1.0 - tangent * tangent
     dz *= scale
     # Outside, exp of anything times 0 need not be 0.
-    dz = tl.where(mask_n[:, None] & mask_v[None, :], dz, 0.0)
-    dz_ptrs = dz_ptr + starts(offs_n, row_length(num_columns))[:, None] + offs_v[None, :]
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_v[None, :])
+    dz = tl.where(mask, dz, 0.0)
+    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
         dbias_ptrs = dbias_ptr + starts(row_block, num_columns) + offs_v
         tl.store(dbias_ptrs, tl.sum(dz, 0), mask=mask_v)
+
+
+def dlogits(slab: Slab, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dz of a slab, flat, and the sums of its columns [W] in float32 if asked for."""
+    tile, sizes = slab.launch.tile("dlogits"), slab.sizes
+    num_tokens, num_columns = sizes["num_tokens"], sizes["num_columns"]
+    blocks = triton.cdiv(num_tokens, tile.block_n)
+    rows, head, columns = slab.rows, slab.head, slab.columns
+    dz = rows.hidden_ND.new_empty(num_tokens * triton.cdiv(num_columns, 16) * 16)
+    dbias_BW = rows.number_3N.new_empty((blocks, num_columns)) if with_bias else None
+    keep = None
+    if slab.needed is not None:
+        keep = slab.needed.tiles(tile.block_n, tile.block_v, columns).to(torch.int8)
+    dlogits_kernel[(blocks * triton.cdiv(num_columns, tile.block_v),)](
+        hidden_ptr=rows.hidden_ND,
+        weight_ptr=head.weight_VD[columns],
+        bias_ptr=None if head.bias_V is None else head.bias_V[columns].contiguous(),
+        target_ptr=rows.target_N,
+        number_ptr=rows.number_3N,
+        count_ptr=rows.count_1,
+        dz_ptr=dz,
+        dbias_ptr=dbias_BW,
+        keep_ptr=keep,
+        first_column=columns.start,
+        softcap=head.softcap,
+        scale=head.scale,
+        **sizes,
+        **slab.launch.options("dlogits"),
+    )
+    return dz, None if dbias_BW is None else dbias_BW.sum(0)

@@ -81,4 +81,4 @@ def backward(
     """Gradients from those of logp; rows where ``grad_N`` is zero are not even read."""
     from mcpo_kernels.linear_logprob.triton import backward as kernels
 
-    return kernels.backward(grad_N, saved, head, needs)
+    return kernels.backward(grad_N, saved, head, filter_mass, needs)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from mcpo_kernels.linear_logprob.head import PANEL, Head, Scores, empty_kept
-from mcpo_kernels.linear_logprob.triton.launch import Launch, on_device
+from mcpo_kernels.linear_logprob.triton.launch import OPTIONS, Launch, on_device
 from mcpo_kernels.linear_logprob.triton.logits import block_pair, logits_tile, starts
 from mcpo_kernels.linear_logprob.triton.tiles import MAX_SPLITS
 
@@ -168,6 +168,7 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, lse_panels: int) ->
             num_tokens=num_tokens,
             num_splits=num_splits,
             BLOCK_N=MERGE_ROWS,
+            **OPTIONS,
         )
     return scores
 

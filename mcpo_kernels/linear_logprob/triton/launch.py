@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Contract a * b + c, one rounding less and an instruction less for every logit, whatever
 # TRITON_DEFAULT_FP_FUSION or the default of a version says. Nothing here relies on two kernels
 # rounding alike.
-FUSE = True
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class Launch(NamedTuple):
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
             "PRECISION": self.precision,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
-            "enable_fp_fusion": FUSE,
+            **OPTIONS,
         }
 
 

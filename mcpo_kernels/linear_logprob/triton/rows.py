@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mcpo_kernels.linear_logprob.triton.launch import OPTIONS
 from mcpo_kernels.linear_logprob.triton.logits import starts
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def rows_with_gradient(grad_N: Tensor, saved: Saved) -> Rows:
         num_hidden=hidden_ND.shape[1],
         BLOCK_N=BLOCK_ROWS,
         BLOCK_D=BLOCK_D,
+        **OPTIONS,
     )
     return Rows(row_N, count_1, gathered_ND, saved.target_N[row_N], number_3N)
 
@@ -119,6 +121,7 @@ def scatter(sum_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         num_hidden=sum_ND.shape[1],
         BLOCK_N=BLOCK_ROWS,
         BLOCK_D=BLOCK_D,
+        **OPTIONS,
     )
     return dhidden_ND
 

@@ -100,9 +100,9 @@ DEFAULTS: dict[tuple[str, str], dict[str, Tile]] = {
     # Small, so that small inputs have several programs, splits and slabs.
     **{
         (INTERPRETER, operands): _both(
-            Tile(16, 64, 32, 1, 1, 2),
-            Tile(16, 32, 32, 1, 1, 2),
-            Tile(16, 32, 32, 1, 1, 2),
+            Tile(16, 128, 64, 1, 1, 2),
+            Tile(16, 64, 64, 1, 1, 2),
+            Tile(16, 64, 64, 1, 1, 2),
         )
         for operands in OPERANDS
     },
