@@ -41,7 +41,10 @@ AMD = """
     .vgpr_count:     134
     .vgpr_spill_count: 2
 """
-LOAD = "ttg.async_copy_global_to_local %p, %b : tensor<{tile}x!tt.ptr<bf16>, #l> -> <{tile}xbf16>"
+LOAD = (
+    "ttg.async_copy_global_to_local %p, %b {{contiguity = 8 : i32}} : "
+    "tensor<{tile}x!tt.ptr<bf16>, #l> -> <{tile}xbf16>"
+)
 DOT = "%d = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<128x64xbf16> -> tensor<128x128xf32>"
 
 
@@ -80,7 +83,6 @@ def test_figures_of_a_cuda_binary():
         products={"mma": 1, "wgmma": 1},
         async_copies=2,
         loads={2: 1, 8: 1, 16: 2},
-        copies={8: 1, 16: 1},
     )
 
 
@@ -111,9 +113,9 @@ def test_a_loop_is_pipelined_if_what_it_loads_is_loaded_before_it_too():
     )
     both = ("128x64xbf16", "64x128xbf16")
     found = read_loops(representation([hidden, weight], [hidden, weight]))
-    assert found == (Loop(tiles=both, pipelined=True),)
+    assert found == (Loop(tiles=both, pipelined=True, copied_bytes=16),)
     found = read_loops(representation([hidden], [hidden, weight]))
-    assert found == (Loop(tiles=both, pipelined=False),)
+    assert found == (Loop(tiles=both, pipelined=False, copied_bytes=16),)
 
 
 def test_a_plain_load_in_a_loop_of_products_is_seen():
@@ -186,7 +188,10 @@ def test_a_good_binary_passes():
             dataclasses.replace(GOOD, loops=(Loop(tiles=("64x64xbf16",), pipelined=False),)),
             "loads of 64x64xbf16 are not pipelined",
         ),
-        (changed(copies={4: 2, 16: 2}), "copies to shared memory of 4 bytes"),
+        (
+            dataclasses.replace(GOOD, loops=(dataclasses.replace(GOOD.loops[0], copied_bytes=4),)),
+            "tiles are copied by 4 bytes",
+        ),
         (changed(loads={8: 4}), "no load of 16 bytes"),
         (dataclasses.replace(GOOD, warps=64, shared=0), "not one block fits a processor"),
     ],

@@ -31,7 +31,7 @@ KEYS = {
     "ok",
 }
 # Kernels without a matrix product.
-MOVERS = {"merge_kernel", "gather_kernel", "scatter_kernel"}
+MOVERS = {"merge_kernel", "select_kernel", "gather_kernel", "scatter_kernel"}
 
 
 def kernels() -> set[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mcpo_kernels.linear_logprob.head import Head, Needs, Saved, Scores
+from mcpo_kernels.linear_logprob.head import PANEL, Head, Needs, Saved, Scores
 from mcpo_kernels.linear_logprob.triton import tiles
 from mcpo_kernels.linear_logprob.triton.backward import backward
 from mcpo_kernels.linear_logprob.triton.forward import forward
@@ -38,9 +38,11 @@ ROWS = (4096, 1043, 1)
 """Aligned, ragged, and the count that Triton treats as a constant."""
 USUAL = Shape(4096, 4096, 128256)
 HEADS: dict[str, dict[str, Any]] = {
-    "plain": {"bias": False, "softcap": None},
-    "bias, softcap": {"bias": True, "softcap": 30.0},
+    "plain": {"bias": False, "softcap": None, "filter_mass": 0.0},
+    "bias, softcap": {"bias": True, "softcap": 30.0, "filter_mass": 0.0},
+    "bias, softcap, filter": {"bias": True, "softcap": 30.0, "filter_mass": 0.1},
 }
+QUICK_HEADS = ("plain", "bias, softcap, filter")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 """Of float32 products; the first is the default."""
 
@@ -85,7 +87,7 @@ def cases(wanted: Selection) -> Iterator[Case]:
 def _of_target(target: Target, wanted: Selection) -> Iterator[Case]:
     dtypes = wanted.dtypes or (("bf16",) if wanted.quick else tuple(DTYPES))
     for dtype in dtypes:
-        for head in HEADS:
+        for head in QUICK_HEADS if wanted.quick else HEADS:
             yield from launches(target, dtype, head, USUAL)
     if wanted.quick:
         return
@@ -144,8 +146,10 @@ def launches(
         yield Case(target=target, launch=launch, config=config, default=is_default)
 
 
-def _run(shape: Shape, dtype: torch.dtype, *, bias: bool, softcap: float | None) -> None:
-    """A forward that keeps what it may, and a backward for all gradients, without any memory."""
+def _run(
+    shape: Shape, dtype: torch.dtype, *, bias: bool, softcap: float | None, filter_mass: float
+) -> None:
+    """A forward and a backward for all gradients, without any memory."""
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
@@ -154,9 +158,11 @@ def _run(shape: Shape, dtype: torch.dtype, *, bias: bool, softcap: float | None)
     hidden_ND, target_N = empty(num_tokens, num_hidden), empty(num_tokens, dtype=torch.int64)
     bias_V = empty(num_vocab) if bias else None
     head = Head(empty(num_vocab, num_hidden), bias_V, softcap, 1.0)
-    scores: Scores = forward(hidden_ND, target_N, head, 0)
+    lse_panels = -(-num_vocab // PANEL) if filter_mass else 0
+    scores: Scores = forward(hidden_ND, target_N, head, lse_panels)
     grad_N = empty(num_tokens, dtype=torch.float32)
-    backward(grad_N, Saved(hidden_ND, target_N, scores), head, Needs(True, True, bias))
+    saved = Saved(hidden_ND, target_N, scores)
+    backward(grad_N, saved, head, filter_mass, Needs(True, True, bias))
 
 
 def _family(target: Target) -> str:

@@ -32,6 +32,8 @@ class Loop:
     """Shapes and element types of the tiles that it loads from global memory."""
     pipelined: bool
     """Whether each is also loaded before the loop: then a turn uses what an earlier one loaded."""
+    copied_bytes: int | None = None
+    """The least that a thread copies of a tile to shared memory at once; None if none is copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +51,6 @@ class Listing:
     async_copies: int = 0
     loads: dict[int, int] = field(default_factory=dict)
     """Instructions that load from global memory, by bytes of a thread."""
-    copies: dict[int, int] = field(default_factory=dict)
-    """Those among them that copy to shared memory, by bytes of a thread."""
 
 
 def read_sass(sass: str, log: str) -> Listing:
@@ -67,13 +67,11 @@ def read_sass(sass: str, log: str) -> Listing:
         raise ValueError(f"ptxas must report registers and spills, got {log[:300]!r}")
     stack, *spills = map(int, spilled.groups())
     names = _SASS_LINE.findall(sass)
-    copies = [name for name in names if name.startswith("LDGSTS")]
     return Listing(
         registers=int(used[1]),
         spills=max(spills),
         stack=stack,
         loads=_by_bytes(name for name in names if name.split(".")[0] in _SASS_LOADS),
-        copies=_by_bytes(copies),
         **_counts([name.split(".")[0] for name in names]),
     )
 
@@ -119,11 +117,7 @@ def read_loops(ttgir: str) -> tuple[Loop, ...]:
     # A loop around another holds the products that pipelining peeled off that one.
     multiplying = [block for block in loops if block.multiplies]
     around = {id(block.parent) for block in multiplying}
-    return tuple(
-        Loop(tiles=tuple(sorted(set(block.tiles))), pipelined=set(block.tiles) <= set(block.before))
-        for block in multiplying
-        if id(block) not in around
-    )
+    return tuple(block.as_loop() for block in multiplying if id(block) not in around)
 
 
 _PLACE = re.compile(r' ?loc\((?:#loc\d*|unknown|"[^"]*"(?:\(#loc\d*\))?)\)')
@@ -132,6 +126,7 @@ _TILE_LOAD = re.compile(
     r"(?:tt\.load|tt\.descriptor_load|async_copy_global_to_local|async_tma_copy_global_to_local"
     r"|\w+\.buffer_load\w*) .*?(\d+(?:x\d+)+)x(?:!tt\.ptr<)?(\w+)"
 )
+_CONTIGUITY = re.compile(r"contiguity = (\d+)")
 
 
 @dataclass(slots=True)
@@ -143,6 +138,7 @@ class _Block:
     multiplies: bool = False
     tiles: list[str] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
 
     def read(self, line: str) -> None:
         if self.loop and _DOT.search(line):
@@ -150,6 +146,17 @@ class _Block:
         found = _TILE_LOAD.search(line)
         if found:
             self.tiles.append(f"{found[1]}x{found[2]}")
+            if line.find("async_copy_global_to_local") >= 0:
+                numbers = _CONTIGUITY.search(line)
+                self.copied.append(int(numbers[1] if numbers else 1) * _bytes_of(found[2]))
+
+    def as_loop(self) -> Loop:
+        tiles = set(self.tiles)
+        return Loop(
+            tiles=tuple(sorted(tiles)),
+            pipelined=tiles <= set(self.before),
+            copied_bytes=min(self.copied, default=None),
+        )
 
 
 def _counts(names: list[str]) -> dict[str, Any]:
@@ -161,6 +168,11 @@ def _counts(names: list[str]) -> dict[str, Any]:
         "products": {kind: count for kind, count in products.items() if count},
         "async_copies": sum(ASYNC_COPIES.fullmatch(name) is not None for name in names),
     }
+
+
+def _bytes_of(dtype: str) -> int:
+    """Of an element, from a name such as bf16."""
+    return int("".join(filter(str.isdigit, dtype))) // 8
 
 
 def _by_bytes(names: Iterable[str]) -> dict[int, int]:

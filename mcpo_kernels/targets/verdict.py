@@ -134,9 +134,8 @@ def _faults(
     for loop in binary.loops:
         if not loop.pipelined:
             why.append(f"loads of {', '.join(loop.tiles)} are not pipelined")
-    narrow = [size for size in listing.copies if size < WIDE]
-    if binary.loops and narrow:
-        why.append(f"copies to shared memory of {', '.join(map(str, narrow))} bytes")
-    elif binary.loops and max(listing.loads, default=0) < WIDE:
+        if loop.copied_bytes is not None and loop.copied_bytes < WIDE:
+            why.append(f"tiles are copied by {loop.copied_bytes} bytes")
+    if binary.loops and max(listing.loads, default=0) < WIDE:
         why.append(f"no load of {WIDE} bytes")
     return why
