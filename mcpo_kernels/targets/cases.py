@@ -14,7 +14,8 @@ from mcpo_kernels.linear_logprob.triton import tiles
 from mcpo_kernels.linear_logprob.triton.backward import backward
 from mcpo_kernels.linear_logprob.triton.forward import forward
 from mcpo_kernels.linear_logprob.triton.launch import Launch as Setting
-from mcpo_kernels.linear_logprob.triton.launch import operands_of, using
+from mcpo_kernels.linear_logprob.triton.launch import using
+from mcpo_kernels.linear_logprob.triton.tuning import operands_of
 from mcpo_kernels.targets.devices import TARGETS, Target
 from mcpo_kernels.targets.launches import Launch, record
 from mcpo_kernels.testing import Shape

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mcpo_kernels.linear_logprob.triton import tiles
+from mcpo_kernels.linear_logprob.triton import tiles, tuning
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -39,9 +39,10 @@ class Launch(NamedTuple):
         if forced is not None:
             return forced
         family = family_of(tensor.device)
-        operands = operands_of(tensor.dtype)
+        operands = tuning.operands_of(tensor.dtype)
         precision = precision_of(family) if operands == "fp32" else "ieee"
-        return cls(family, operands, precision, tiles.default_tiles(family, operands))
+        chosen = tuning.tiles_for(tensor.device, family, tensor.dtype, tensor.shape[1])
+        return cls(family, operands, precision, chosen)
 
     def tile(self, kernel: str) -> tiles.Tile:
         """Of one of ``tiles.KERNELS``."""
@@ -73,11 +74,6 @@ def using(launch: Launch) -> Generator[None]:
         yield
     finally:
         _FORCED.reset(token)
-
-
-def operands_of(dtype: torch.dtype) -> str:
-    """The kind of operands, one of ``tiles.OPERANDS``."""
-    return "fp32" if dtype == torch.float32 else "16-bit"
 
 
 def family_of(device: torch.device) -> str:

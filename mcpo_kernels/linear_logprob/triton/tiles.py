@@ -50,8 +50,16 @@ class Tile(NamedTuple):
 
 SHARED_KIB = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
 """Shared memory that one program may have."""
-REGISTERS = 128
-"""32-bit sums per thread at most, half of what a thread may hold: the rest is for operands."""
+REGISTERS = 64
+"""32-bit sums per thread at most. A thread may hold 255 registers, but with 128 sums the compiler
+spills in most kernels (docs/targets.md)."""
+SPILLS = {
+    ("forward", "sm80", Tile(64, 128, 32, 8, 3, 8)),
+    ("forward", "sm80", Tile(128, 64, 64, 4, 3, 8)),
+    ("forward", "sm80", Tile(128, 64, 64, 4, 4, 8)),
+    ("dweight", "sm80", Tile(64, 64, 128, 8, 4, 8)),
+}
+"""Tiles of 16-bit operands with fewer sums that spill all the same, as the sweep found."""
 LANES = {"gfx942": 64}
 """Threads of a warp, where not 32."""
 
@@ -144,6 +152,8 @@ def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
             "dweight": (inner, first, second),
         }[kernel]
         tile = Tile(block_n, block_v, block_d, warps, stages, default.group)
+        if (kernel, family, tile) in SPILLS and operands == "16-bit":
+            continue
         if tile != default and fits(tile, kernel, family, operands):
             yield tile
 
