@@ -45,6 +45,7 @@ def provenance(rows: Sequence[Row]) -> str:
     lines = [
         f"- {first.cpu}, {', '.join(first.flags)}; {first.cores} cores, {first.threads} threads, "
         f"OMP_WAIT_POLICY={first.wait_policy}; torch {first.torch}",
+        *([f"- {first.gpu}; Triton {first.triton}"] if first.gpu else []),
         f"- {len(rows)} rows, {dates[0]} to {dates[-1]}, commits {', '.join(commits)}",
         *(f"- {title}: {version}" for title, version in versions),
     ]
