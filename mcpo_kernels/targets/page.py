@@ -20,7 +20,8 @@ def provenance(arguments: list[str], versions: dict[str, str]) -> dict[str, str]
     """Of rows made from now on."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m mcpo_kernels.targets", *arguments]),
+        # Where on this machine a file lies says nothing to others.
+        "command": " ".join(["python -m mcpo_kernels.targets", *map(_name, arguments)]),
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": "yes" if _git("status", "--porcelain", "--", "mcpo_kernels") else "no",
         **versions,
@@ -127,6 +128,10 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
         "",
         *(f"- {reason}: {count}" for reason, count in reasons.most_common()),
     ]
+
+
+def _name(argument: str) -> str:
+    return Path(argument).name if "/" in argument else argument
 
 
 def _git(*arguments: str) -> str:
