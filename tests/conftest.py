@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from mcpo_kernels.linear_logprob import cpu
+from mcpo_kernels.linear_logprob.triton import tiles
 
 ROOT = Path(__file__).parents[1]
 # Implementations of the head behind the ops; "auto" takes one of them.
@@ -131,6 +132,13 @@ def candidates_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
     return write_jsonl(path, candidate_lines(5, seed=1, prefix="held"))
+
+
+@pytest.fixture
+def narrow_slabs(monkeypatch):
+    """Slabs of one tile instead of 256 MiB."""
+    monkeypatch.setattr(tiles, "SCRATCH_MIB", 0)
+    monkeypatch.setattr(tiles, "SLAB_MULTIPLE", 128)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from conftest import FUSED
 import mcpo_kernels
 from mcpo_kernels import Impl, available_impls, linear_logprob, resolve
 from mcpo_kernels.linear_logprob import cpu
+from mcpo_kernels.linear_logprob.triton import entry, launch
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +50,93 @@ def test_a_missing_extension_is_named_with_its_remedy():
 def test_the_compiled_kernel_takes_no_tensors_of_other_devices(impl):
     with pytest.raises(RuntimeError, match=r"impl='cpu' cannot run here: .* got meta; use"):
         resolve(impl, torch.device("meta"), torch.float32)
+
+
+@pytest.fixture
+def pretend_device(monkeypatch):
+    """A CUDA device that torch seems to see, of the capability given."""
+
+    def pretend(major, minor=0):
+        monkeypatch.setattr(entry, "INSTALLED", True)
+        monkeypatch.setattr(entry, "INTERPRETED", False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, minor))
+
+    return pretend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_takes_triton_on_a_device_for_all_but_float64(dtype, pretend_device):
+    pretend_device(9)
+    impl, reason = resolve("auto", CUDA, dtype)
+    assert impl is (Impl.CHUNKED if dtype == torch.float64 else Impl.TRITON)
+    assert reason.startswith("auto: ")
+    assert str(dtype) in reason
+
+
+def test_auto_on_a_device_without_triton_is_portable_and_says_why(monkeypatch, pretend_device):
+    pretend_device(9)
+    monkeypatch.setattr(entry, "INSTALLED", False)
+    impl, reason = resolve("auto", CUDA, torch.bfloat16)
+    assert impl is Impl.CHUNKED
+    assert "triton is not installed; python -m pip install triton" in reason
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run here: triton is not inst"):
+        resolve("triton", CUDA, torch.bfloat16)
+
+
+def test_triton_without_a_device_says_so(monkeypatch):
+    monkeypatch.setattr(entry, "INSTALLED", True)
+    monkeypatch.setattr(entry, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="cannot run here: torch sees no CUDA or ROCm device"):
+        resolve("triton", CPU, torch.float32)
+
+
+def test_triton_refuses_what_it_cannot_take(pretend_device):
+    pretend_device(9)
+    with pytest.raises(RuntimeError, match="tensors on a CUDA or ROCm device, got cpu; use 'chun"):
+        resolve("triton", CPU, torch.float32)
+    with pytest.raises(RuntimeError, match=r"it takes .* or float32, got torch.float64; use 'chu"):
+        resolve("triton", CUDA, torch.float64)
+    pretend_device(7)
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0 or more, got 7.x; use"):
+        resolve("triton", CUDA, torch.float16)
+    assert resolve("auto", CUDA, torch.float16).impl is Impl.CHUNKED
+
+
+def test_the_interpreter_takes_tensors_on_the_cpu_and_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(entry, "INSTALLED", True)
+    monkeypatch.setattr(entry, "INTERPRETED", True)
+    assert resolve("triton", CPU, torch.float16).impl is Impl.TRITON
+    assert "for tests alone" in available_impls()[Impl.TRITON].reason
+    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET it takes .* got cuda"):
+        resolve("triton", CUDA, torch.float32)
+    with pytest.raises(RuntimeError, match="interpreter multiplies the bits of bfloat16"):
+        resolve("triton", CPU, torch.bfloat16)
+
+
+FAMILIES = {(8, 0): "sm80", (8, 9): "sm89", (9, 0): "sm90", (10, 0): "sm100", (12, 0): "sm89"}
+
+
+@pytest.mark.parametrize(("capability", "family"), FAMILIES.items(), ids=str)
+def test_a_device_has_a_family_of_tiles(capability, family, pretend_device):
+    pretend_device(*capability)
+    assert launch.family_of(CUDA) == family
+
+
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+@pytest.mark.parametrize(("wanted", "expected"), PRECISIONS.items(), ids=str)
+def test_float32_products_follow_torch(wanted, expected):
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        assert launch.precision_of("sm90") == expected
+        assert launch.precision_of("gfx942") == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", [impl.value for impl in Impl if impl is not Impl.AUTO])

@@ -35,9 +35,9 @@ def linear_logprob(  # noqa: PLR0913
 
     The logits come in float32 straight from the accumulator and are never stored whole unless
     ``cache_mb`` allows it. Scoring under ``no_grad`` and training run the same forward, so their
-    results are the same bits; on the CPU a row's bits do not depend on the other rows either. Rows
-    whose upstream gradient is zero cost no backward, and a gradient nobody needs (a frozen head) is
-    not computed. Differentiable once. Autocast does not reach in.
+    results are the same bits; but for ``chunked`` on a device, a row's bits do not depend on the
+    other rows either. Rows whose upstream gradient is zero cost no backward, and a gradient nobody
+    needs (a frozen head) is not computed. Differentiable once. Autocast does not reach in.
 
     Args:
         hidden: [N, D] final hidden states of scored tokens; bfloat16, float16, float32 or
@@ -55,7 +55,7 @@ def linear_logprob(  # noqa: PLR0913
         filter_mass: in [0, 1). If > 0, the backward of a row leaves out the parts of the
             vocabulary that hold least of its softmax, together at most this share of what the
             target does not hold; what that changes is bounded in docs/numerics.md. Values do not
-            change. Only ``cpu`` makes use of it, and keeps N * V / 64 numbers for it.
+            change. ``cpu`` and ``triton`` make use of it, and keep N * V / 64 numbers for it.
         impl: see ``Impl``. An explicit choice never falls back.
 
     Returns:

@@ -91,15 +91,14 @@ def family_of(device: torch.device) -> str:
 def precision_of(family: str) -> str:
     """Of float32 products, after ``torch.get_float32_matmul_precision()``.
 
-    ``highest`` multiplies float32 as it is. ``high`` splits operands into three products of tf32
-    where the target has that, and else is ``highest``. ``medium`` rounds operands to tf32.
+    ``highest`` multiplies float32 as it is. On NVIDIA ``high`` splits operands into three products
+    of tf32, and ``medium`` rounds operands to tf32. Matrix cores of AMD multiply float32 itself,
+    and of its devices few know tf32: there it is always ``highest``.
     """
-    wanted = torch.get_float32_matmul_precision()
-    if wanted == "highest" or family == tiles.INTERPRETER:
+    if family in (tiles.INTERPRETER, "gfx942"):
         return "ieee"
-    if wanted == "medium":
-        return "tf32"
-    return "ieee" if family == "gfx942" else "tf32x3"
+    wanted = torch.get_float32_matmul_precision()
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[wanted]
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

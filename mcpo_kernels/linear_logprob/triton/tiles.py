@@ -53,6 +53,8 @@ SHARED_KIB = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
 REGISTERS = 64
 """32-bit sums per thread at most. A thread may hold 255 registers, but with 128 sums the compiler
 spills in most kernels (docs/targets.md)."""
+MORE_REGISTERS = {("dweight", "sm90"): 128, ("dweight", "sm100"): 128}
+"""Where more are no trouble: its operands stay in shared memory, and there is no epilogue."""
 SPILLS = {
     ("forward", "sm80", Tile(64, 128, 32, 8, 3, 8)),
     ("forward", "sm80", Tile(128, 64, 64, 4, 3, 8)),
@@ -130,6 +132,11 @@ def default_tiles(family: str, operands: str) -> dict[str, Tile]:
     return DEFAULTS[family, operands]
 
 
+def default_tile(kernel: str, family: str, operands: str) -> Tile:
+    """That of one kernel."""
+    return DEFAULTS[family, operands][kernel]
+
+
 _OUTER = {
     "16-bit": ((64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128)),
     "fp32": ((64, 64), (64, 128), (128, 64)),
@@ -164,7 +171,8 @@ def fits(tile: Tile, kernel: str, family: str, operands: str) -> bool:
     item = 4 if operands == "fp32" else 2
     buffers = (first + second) * inner * item * tile.num_stages
     threads = tile.num_warps * LANES.get(family, 32)
-    return first * second <= REGISTERS * threads and buffers <= SHARED_KIB[family] * 1024
+    sums = MORE_REGISTERS.get((kernel, family), REGISTERS)
+    return first * second <= sums * threads and buffers <= SHARED_KIB[family] * 1024
 
 
 def sums_and_inner(tile: Tile, kernel: str) -> tuple[int, int, int]:

@@ -141,7 +141,8 @@ def tiles_for(
     device: torch.device, family: str, dtype: torch.dtype, num_hidden: int
 ) -> Mapping[str, Tile]:
     """The tiles of a launch, by kernel; tunes first if that was asked for."""
-    if family == tiles.INTERPRETER:
+    # Interpreted: there is no GPU to know by its name.
+    if device.type == "cpu":
         return tiles.default_tiles(family, operands_of(dtype))
     hidden = hidden_class(num_hidden)
     asked = os.environ.get("MCPO_TUNE") == "1"
