@@ -2,6 +2,7 @@
 # make test    run the default test suite
 # make check   all of CI: format, lint, types, import contracts, tests
 # make bench   the benchmarks of the head, hours; ARGS=--quick for minutes
+# make gpu-check  on a machine with a GPU: tests and benchmark of the kernels there, a quarter of an hour
 # make setup   the environment alone
 #
 # Of the C++ extension, by hand:
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait without spinning: several times faster where the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow bench check lint sanitize cross setup clean
+.PHONY: train test test-slow bench gpu-check check lint sanitize cross setup clean
 
 train: setup
 	$(BIN)/python -m mcpo.train --config recipes/default.yaml --overwrite_output_dir $(ARGS)
@@ -30,6 +31,10 @@ test-slow: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m pytest benchmarks/test_head.py --benchmark-only --benchmark-columns=median,min,max,rounds $(ARGS)
+
+gpu-check: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 check: lint test
 

@@ -27,6 +27,8 @@ GRID = tuple(
     for num_tokens in (256, 1024, 2048)
 )
 QUICK = (Shape(192, 256, 16384),)
+DEVICES = ("cpu", "cuda")
+CUDA_GRID = (Shape(8192, 576, 49152), Shape(4096, 2048, 128256), Shape(8192, 4096, 128256))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,7 @@ class Cell:
     pattern: str
     way: str
     impl: str
+    device: str = "cpu"
 
     @property
     def group(self) -> str:

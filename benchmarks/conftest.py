@@ -38,6 +38,7 @@ class Workload:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""
     group = parser.getgroup("head", "benchmarks of the head")
+    group.addoption("--device", choices=cells.DEVICES, default="cpu", help="default: cpu")
     group.addoption("--quick", action="store_true", help="one small shape, few rounds")
     group.addoption("--shapes", help=f"NxDxV, comma-separated (default: {GRID})")
     group.addoption("--dtypes", help=f"out of {', '.join(cells.DTYPES)} (default: all)")
@@ -83,7 +84,7 @@ def _generate_cells(metafunc: pytest.Metafunc) -> None:
     """Those of one shape and dtype follow one another."""
     selected = select(metafunc.config.option)
     # pytest keeps a fixture as long as its parameter is the same object.
-    shared = {(cell.shape, cell.dtype): (cell.shape, cell.dtype) for cell in selected}
+    shared = {(cell.shape, cell.dtype): (cell.shape, cell.dtype, cell.device) for cell in selected}
     parameters = [
         pytest.param(
             shared[cell.shape, cell.dtype],
@@ -102,7 +103,8 @@ def select(options: Any) -> list[cells.Cell]:
     Raises:
         ValueError: an option names something that is not known.
     """
-    shapes = cells.QUICK if options.quick else cells.GRID
+    grid = cells.GRID if options.device == "cpu" else cells.CUDA_GRID
+    shapes = cells.QUICK if options.quick else grid
     if options.shapes:
         shapes = tuple(cells.parse_shape(text) for text in options.shapes.split(","))
     dtypes = cells.parse_names(options.dtypes or "bf16,fp32", cells.DTYPES, "--dtypes")
@@ -110,12 +112,19 @@ def select(options: Any) -> list[cells.Cell]:
     patterns = cells.parse_names(chosen, cells.PATTERNS, "--patterns")
     impls = cells.parse_names(options.impls or ",".join(NAMES), NAMES, "--impls")
     return [
-        cells.Cell(shape=shape, dtype=dtype, pattern=pattern, way=way, impl=peer.name)
+        cells.Cell(
+            shape=shape,
+            dtype=dtype,
+            pattern=pattern,
+            way=way,
+            impl=peer.name,
+            device=options.device,
+        )
         for shape in shapes
         for dtype in dtypes
         for wanted in patterns
         for peer in peers.PEERS
-        if peer.name in impls
+        if peer.name in impls and options.device in peer.devices
         for pattern, way in peer.jobs
         if pattern == wanted
     ]
@@ -173,10 +182,25 @@ def work(request: pytest.FixtureRequest) -> Iterator[Workload]:
     if "torch._dynamo" in sys.modules:
         # A function compiled for many shapes would end up running uncompiled, in silence.
         torch.compiler.reset()
-    inputs = workload.make_inputs(*request.param)
-    oracle, products = gate.make_oracle(inputs), roofline.make_products(inputs)
-    with memory.open_meter(*request.param) as peak:
+    shape, dtype, device = request.param
+    with torch.device(device):
+        inputs = workload.make_inputs(shape, dtype)
+        oracle, products = gate.make_oracle(inputs), roofline.make_products(inputs)
+    if device == "cuda":
+        yield Workload(inputs=inputs, oracle=oracle, products=products, peak=peak_on_gpu(inputs))
+        return
+    with memory.open_meter(shape, dtype) as peak:
         yield Workload(inputs=inputs, oracle=oracle, products=products, peak=peak)
+
+
+def peak_on_gpu(inputs: workload.Inputs) -> Callable[[memory.Request], memory.Peak]:
+    """A function as that of ``memory.open_meter``, without a process of its own."""
+
+    def peak(request: memory.Request) -> memory.Peak:
+        head = peers.build(peers.named(request.impl))
+        return memory.peak_on_gpu(workload.make_job(head, inputs, request.pattern, request.way))
+
+    return peak
 
 
 @pytest.fixture
@@ -200,14 +224,16 @@ def limits(pytestconfig: pytest.Config) -> Limits:
 def origin(pytestconfig: pytest.Config) -> rows.Provenance:
     """Where this session's rows come from."""
     arguments = pytestconfig.invocation_params.args
-    return provenance.collect(provenance.command("pytest", arguments))
+    command = provenance.command("pytest", arguments)
+    return provenance.collect(command, pytestconfig.option.device)
 
 
 @pytest.fixture
 def record(pytestconfig: pytest.Config) -> Any:
     """A function that appends a row to the results, and keeps it for the end."""
     options = pytestconfig.option
-    path = options.results or (rows.QUICK if options.quick else rows.FULL)
+    full = rows.FULL if options.device == "cpu" else rows.CUDA
+    path = options.results or (rows.QUICK if options.quick else full)
 
     def write(row: rows.Row) -> None:
         rows.append(row, path)

@@ -71,7 +71,7 @@ class Errors:
 def make_oracle(inputs: Inputs) -> Oracle:
     """Compute in float64 whatever the results of any job are compared with."""
     num_tokens, num_vocab = inputs.target_N.shape[0], inputs.weight_VD.shape[0]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     rows_R = torch.randperm(num_tokens, generator=generator)[:NUM_ROWS]
     # Half of them columns that are some row's target.
     targets = inputs.target_N[torch.randperm(num_tokens, generator=generator)[: NUM_COLUMNS // 2]]

@@ -2,6 +2,7 @@
 
 Time is CPU time of this process divided by its threads, since the machine may be shared: other
 jobs then disturb through caches and memory alone. Wall time and the load by others are kept too.
+On a GPU it is the time between two events, with the device idle before.
 """
 
 from __future__ import annotations
@@ -56,12 +57,27 @@ def cpu_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def timed(job: Callable[[], T]) -> tuple[T, Taken]:
+def seconds_of(run: Callable[[], None], device: str) -> float:
+    """How long a call takes on a device."""
+    if device == "cuda":
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1000
+    began = cpu_seconds()
+    run()
+    return cpu_seconds() - began
+
+
+def timed(job: Callable[[], T], device: str = "cpu") -> tuple[T, Taken]:
     """Call a job once."""
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    results = job()
-    seconds = cpu_seconds() - cpu
-    return results, Taken(seconds=seconds, wall_seconds=time.perf_counter() - wall)
+    found: list[T] = []
+    wall = time.perf_counter()
+    seconds = seconds_of(lambda: found.append(job()), device)
+    return found[0], Taken(seconds=seconds, wall_seconds=time.perf_counter() - wall)
 
 
 def run_rounds(
@@ -69,6 +85,7 @@ def run_rounds(
     job: Job,
     time_products: Callable[[], dict[str, float]],
     rounds: int,
+    device: str = "cpu",
 ) -> Rounds:
     """Time a job, each time right after the bare products it is compared with.
 
@@ -77,6 +94,7 @@ def run_rounds(
         job: what is timed.
         time_products: times the products.
         rounds: how often.
+        device: where it runs.
     """
     found = Rounds()
     # Taken before the products, so that ticks of a hundredth of a second suffice for short jobs.
@@ -88,7 +106,7 @@ def run_rounds(
         found.products.append(time_products())
 
     def run() -> None:
-        _, taken = timed(job)
+        _, taken = timed(job, device)
         found.taken.append(taken)
         found.others.append(Clocks.read().others_since(began))
 

@@ -109,6 +109,17 @@ def highest(job: Callable[[], T]) -> tuple[T, Taken, float]:
     return results, taken, _status_mib("VmHWM") - before
 
 
+def peak_on_gpu(job: Callable[[], Results]) -> Peak:
+    """Of a job on a GPU, in this process: torch's allocator counts what is allocated."""
+    job()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results, taken = timed(job, "cuda")
+    held = torch.cuda.max_memory_allocated() - before - results.nbytes
+    return Peak(held / 2**20, taken.wall_seconds)
+
+
 def serve(shape: Shape, dtype: str, requests: Iterable[str], replies: IO[str]) -> None:
     """Answer requests, one a line, until there are no more."""
     inputs = make_inputs(shape, dtype)

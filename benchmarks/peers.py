@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cells import ONE_PASS, PATTERNS, TWO_PASSES
+from benchmarks.cells import DEVICES, ONE_PASS, PATTERNS, TWO_PASSES
 from benchmarks.workload import Head
 from mcpo_kernels import available_impls, linear_logprob
 from mcpo_kernels.impl import Impl
@@ -41,6 +41,7 @@ class Peer:
     scalar: bool = False
     compiled: bool = False
     """By torch.compile, for the shapes of its arguments."""
+    devices: tuple[str, ...] = DEVICES
 
     @property
     def ours(self) -> bool:
@@ -114,11 +115,16 @@ def _trl_chunked() -> Head:
     )[0]
 
 
-def _cce() -> Head:
+def _cce(impl: str) -> Head:
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     return lambda hidden, weight, targets: (
-        -loss(hidden, weight, targets, impl="torch_compile", reduction="none")
+        -loss(hidden, weight, targets, impl=impl, reduction="none")
     )
+
+
+def _quack() -> Head:
+    loss = import_module("quack.linear_cross_entropy").linear_cross_entropy_func
+    return lambda hidden, weight, targets: -loss(hidden, weight, None, targets, reduction="none")
 
 
 def _liger_dpo(*, compiled: bool) -> Head:
@@ -159,16 +165,38 @@ def _kernel(*, cached: bool) -> Head:
     return head
 
 
+def _ours(impl: Impl) -> Head:
+    state = available_impls()[impl]
+    if not state.available:
+        raise Missing(f"impl={impl.value!r} cannot run here: {state.reason}")
+    return lambda hidden, weight, targets: linear_logprob(hidden, weight, targets, impl=impl)
+
+
 def _portable() -> Head:
-    return lambda hidden, weight, targets: linear_logprob(
-        hidden, weight, targets, impl=Impl.CHUNKED
-    )
+    return _ours(Impl.CHUNKED)
 
 
 PEERS = (
-    Peer(name="mcpo", title="mcpo", build=lambda: _kernel(cached=False), impl=Impl.CPU),
     Peer(
-        name="mcpo_cached", title="mcpo cached", build=lambda: _kernel(cached=True), impl=Impl.CPU
+        name="mcpo",
+        title="mcpo",
+        build=lambda: _kernel(cached=False),
+        impl=Impl.CPU,
+        devices=("cpu",),
+    ),
+    Peer(
+        name="mcpo_cached",
+        title="mcpo cached",
+        build=lambda: _kernel(cached=True),
+        impl=Impl.CPU,
+        devices=("cpu",),
+    ),
+    Peer(
+        name="mcpo_triton",
+        title="mcpo triton",
+        build=lambda: _ours(Impl.TRITON),
+        impl=Impl.TRITON,
+        devices=("cuda",),
     ),
     Peer(name="mcpo_portable", title="mcpo portable", build=_portable, impl=Impl.CHUNKED),
     Peer(name="eager", title="eager", build=lambda: eager),
@@ -188,9 +216,24 @@ PEERS = (
     Peer(
         name="cce",
         title="cut_cross_entropy torch_compile",
-        build=_cce,
+        build=lambda: _cce("torch_compile"),
         package="cut-cross-entropy",
         compiled=True,
+        devices=("cpu",),
+    ),
+    Peer(
+        name="cce_kernel",
+        title="cut_cross_entropy cce",
+        build=lambda: _cce("cce"),
+        package="cut-cross-entropy",
+        devices=("cuda",),
+    ),
+    Peer(
+        name="quack",
+        title="QuACK linear_cross_entropy",
+        build=_quack,
+        package="quack-kernels",
+        devices=("cuda",),
     ),
     Peer(
         name="liger_scaled",

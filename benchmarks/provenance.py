@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ WRITTEN = (
 FLAGS = ("fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
-def collect(command: str) -> Provenance:
+def collect(command: str, device: str = "cpu") -> Provenance:
     """Of rows measured from now on by this process."""
+    on_gpu = device == "cuda"
     cpuinfo = Path("/proc/cpuinfo").read_text()
     flags = _field(cpuinfo, "flags").split()
     family, model = _field(cpuinfo, "cpu family"), _field(cpuinfo, "model")
@@ -41,6 +43,8 @@ def collect(command: str) -> Provenance:
         threads=torch.get_num_threads(),
         wait_policy=os.environ.get("OMP_WAIT_POLICY", "unset"),
         torch=torch.__version__,
+        gpu=gpu_and_driver() if on_gpu else "",
+        triton=metadata.version("triton") if on_gpu else "",
     )
 
 
@@ -51,6 +55,18 @@ def command(program: str, arguments: Iterable[object]) -> str:
         return Path(text).name if Path(text).is_absolute() else text
 
     return " ".join([program, *(shown(str(argument)) for argument in arguments)])
+
+
+def gpu_and_driver() -> str:
+    """Of the current device."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        driver = done.stdout.partition("\n")[0].strip() or "unknown"
+    except FileNotFoundError:
+        driver = "unknown"
+    name, runtime = torch.cuda.get_device_name(), torch.version.cuda or torch.version.hip
+    return f"{name}, driver {driver}, runtime {runtime}"
 
 
 def _field(cpuinfo: str, name: str) -> str:

@@ -60,6 +60,13 @@ def provenance(rows: Sequence[Row]) -> str:
     versions = sorted({(row.title, row.version) for row in rows})
     lines = [
         *origins([row.provenance for row in rows]),
+        *sorted(
+            {
+                f"- {row.provenance.gpu}; Triton {row.provenance.triton}"
+                for row in rows
+                if row.provenance.gpu
+            }
+        ),
         *(f"- {title}: {version}" for title, version in versions),
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import cpu_seconds
+from benchmarks.measure import seconds_of
 from benchmarks.workload import Inputs
 
 CHUNK = 256
@@ -34,6 +34,7 @@ class Product:
     run: Callable[[], None]
     rows: int
     seconds: float
+    device: str
 
 
 def make_products(inputs: Inputs) -> dict[str, Product]:
@@ -56,12 +57,14 @@ def make_products(inputs: Inputs) -> dict[str, Product]:
             torch.addmm(dweight_VD, z.T, h, beta=float(number > 0), out=dweight_VD)
 
     ways = {"forward": forward, "dhidden": dhidden, "dweight": dweight}
-    return {name: _faster(run, hidden_ND.shape[0]) for name, run in ways.items()}
+    device = hidden_ND.device.type
+    return {name: _faster(run, hidden_ND.shape[0], device) for name, run in ways.items()}
 
 
 def time_products(products: dict[str, Product], pattern: str) -> dict[str, float]:
-    """CPU seconds per thread of the products that a pattern is compared with, once each."""
-    return {name: _seconds(products[name].run) for name in PRODUCTS[pattern]}
+    """Seconds of the products that a pattern is compared with, once each."""
+    compared = {name: products[name] for name in PRODUCTS[pattern]}
+    return {name: seconds_of(product.run, product.device) for name, product in compared.items()}
 
 
 def wall_seconds(products: dict[str, Product], pattern: str) -> float:
@@ -69,22 +72,17 @@ def wall_seconds(products: dict[str, Product], pattern: str) -> float:
     return sum(products[name].seconds for name in PRODUCTS[pattern])
 
 
-def _faster(product: Callable[[int], None], num_tokens: int) -> Product:
-    tried = [_try(product, rows) for rows in dict.fromkeys((min(CHUNK, num_tokens), num_tokens))]
+def _faster(product: Callable[[int], None], num_tokens: int, device: str = "cpu") -> Product:
+    ways = dict.fromkeys((min(CHUNK, num_tokens), num_tokens))
+    tried = [_try(product, rows, device) for rows in ways]
     return min(tried, key=lambda way: way.seconds)
 
 
-def _try(product: Callable[[int], None], rows: int) -> Product:
+def _try(product: Callable[[int], None], rows: int, device: str = "cpu") -> Product:
     def run() -> None:
         product(rows)
 
     taken: list[float] = []
     while not taken or (sum(taken) < TRIAL_SECONDS and len(taken) < MOST_TRIALS):
-        taken.append(_seconds(run))
-    return Product(run=run, rows=rows, seconds=min(taken))
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    began = cpu_seconds()
-    run()
-    return cpu_seconds() - began
+        taken.append(seconds_of(run, device))
+    return Product(run=run, rows=rows, seconds=min(taken), device=device)

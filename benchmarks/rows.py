@@ -13,6 +13,7 @@ from benchmarks.cells import Cell, Shape
 
 RESULTS = Path(__file__).parent / "results"
 FULL, QUICK = RESULTS / "head.jsonl", RESULTS / "quick.jsonl"
+CUDA = RESULTS / "head_cuda.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +30,23 @@ class Provenance:
     threads: int
     wait_policy: str
     torch: str
+    gpu: str = ""
+    """Its name and driver; empty of rows of a CPU."""
+    triton: str = ""
 
     @property
     def machine(self) -> tuple[object, ...]:
         """What rows of one table share."""
-        return (self.cpu, self.flags, self.cores, self.threads, self.wait_policy, self.torch)
+        return (
+            self.cpu,
+            self.flags,
+            self.cores,
+            self.threads,
+            self.wait_policy,
+            self.torch,
+            self.gpu,
+            self.triton,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,8 +60,11 @@ class Results(NamedTuple):
 
 
 def make_inputs(shape: Shape, dtype: str) -> Inputs:
-    """Random inputs whose logits spread as a model's do: normal, with standard deviation 3."""
-    generator = torch.Generator().manual_seed(0)
+    """Random inputs whose logits spread as a model's do: normal, with standard deviation 3.
+
+    On the device that torch creates tensors on.
+    """
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     num_tokens, num_hidden, num_vocab = shape
     hidden = torch.randn(num_tokens, num_hidden, generator=generator)
     weight = torch.randn(num_vocab, num_hidden, generator=generator).mul_(3 / num_hidden**0.5)

@@ -104,6 +104,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The CUDA device of tests marked ``gpu``."""
+    if not torch.cuda.is_available():
+        pytest.fail("tests marked gpu need a CUDA device, and torch sees none; leave out `-m gpu`")
+    return torch.device("cuda", 0)
+
+
 def candidate_lines(count: int, *, seed: int, prefix: str = "row") -> list[dict[str, object]]:
     """Rows of the ``candidates`` schema: ragged pools of 1 to 4, words the tokenizer knows."""
     draw = random.Random(seed)

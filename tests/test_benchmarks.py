@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import measure, memory, peers, provenance, roofline
 from benchmarks.cells import (
+    CUDA_GRID,
     DTYPES,
     GRID,
     ONE_PASS,
@@ -59,7 +60,7 @@ def test_names_keep_their_order_and_must_be_known():
 
 def options(**given: object) -> argparse.Namespace:
     names = ("quick", "shapes", "dtypes", "patterns", "impls")
-    return argparse.Namespace(**{**dict.fromkeys(names), **given})
+    return argparse.Namespace(**{**dict.fromkeys(names), "device": "cpu", **given})
 
 
 def test_options_select_cells():
@@ -78,6 +79,16 @@ def test_options_select_cells():
     assert {cell.shape for cell in select(options())} == set(GRID)
     with pytest.raises(ValueError, match=r"--impls must be out of mcpo, mcpo_cached, .*; got mine"):
         select(options(impls="mine"))
+
+
+def test_a_gpu_has_peers_and_shapes_of_its_own():
+    found = select(options(device="cuda", dtypes="bf16"))
+    assert {cell.shape for cell in found} == set(CUDA_GRID)
+    assert {cell.device for cell in found} == {"cuda"}
+    names = {cell.impl for cell in found}
+    assert {"mcpo_triton", "mcpo_portable", "eager", "trl_chunked", "cce_kernel", "quack"} <= names
+    assert not {"mcpo", "mcpo_cached", "cce"} & names
+    assert not {"mcpo_triton", "cce_kernel"} & {cell.impl for cell in select(options())}
 
 
 def test_what_a_peer_is_measured_in():
@@ -142,7 +153,7 @@ def test_bare_products_are_whole_products(rows, monkeypatch):
 
     monkeypatch.setattr(torch, "zeros_like", keep)
     # The chunked way, whichever is faster.
-    monkeypatch.setattr(roofline, "_faster", lambda run, _: roofline._try(run, rows))
+    monkeypatch.setattr(roofline, "_faster", lambda run, *_: roofline._try(run, rows))
     inputs = make_inputs(SHAPE, "fp32")
     products = roofline.make_products(inputs)
     hidden, weight = inputs.hidden_ND.detach(), inputs.weight_VD.detach()

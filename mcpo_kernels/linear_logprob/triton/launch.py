@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mcpo_kernels.linear_logprob.triton import tiles
+from mcpo_kernels.linear_logprob.triton import tiles, tuning
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -27,17 +29,24 @@ class Launch(NamedTuple):
     operands: str
     precision: str
     """Of products of float32; others are exact products in float32 sums whatever it says."""
+    tiles: Mapping[str, tiles.Tile]
+    """By the names of ``tiles.KERNELS``."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Launch:
-        """For tensors of this device and dtype."""
+        """For tensors of this device and dtype, unless ``using`` says something else."""
+        forced = _FORCED.get()
+        if forced is not None:
+            return forced
         family = family_of(tensor.device)
-        operands = "fp32" if tensor.dtype == torch.float32 else "16-bit"
-        return cls(family, operands, precision_of(family) if operands == "fp32" else "ieee")
+        operands = tuning.operands_of(tensor.dtype)
+        precision = precision_of(family) if operands == "fp32" else "ieee"
+        chosen = tuning.tiles_for(tensor.device, family, tensor.dtype, tensor.shape[1])
+        return cls(family, operands, precision, chosen)
 
     def tile(self, kernel: str) -> tiles.Tile:
         """Of one of ``tiles.KERNELS``."""
-        return tiles.default_tile(kernel, self.family, self.operands)
+        return self.tiles[kernel]
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The keyword arguments of a launch that come from its tile."""
@@ -52,6 +61,19 @@ class Launch(NamedTuple):
             "num_stages": tile.num_stages,
             **OPTIONS,
         }
+
+
+_FORCED: ContextVar[Launch | None] = ContextVar("_FORCED", default=None)
+
+
+@contextlib.contextmanager
+def using(launch: Launch) -> Generator[None]:
+    """Calls inside are launched like this: for tuning, and for compiling without a device."""
+    token = _FORCED.set(launch)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
 
 
 def family_of(device: torch.device) -> str:

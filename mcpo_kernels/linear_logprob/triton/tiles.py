@@ -50,8 +50,18 @@ class Tile(NamedTuple):
 
 SHARED_KIB = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
 """Shared memory that one program may have."""
-REGISTERS = 128
-"""32-bit sums per thread at most, half of what a thread may hold: the rest is for operands."""
+REGISTERS = 64
+"""32-bit sums per thread at most. A thread may hold 255 registers, but with 128 sums the compiler
+spills in most kernels (docs/targets.md)."""
+MORE_REGISTERS = {("dweight", "sm90"): 128, ("dweight", "sm100"): 128}
+"""Where more are no trouble: its operands stay in shared memory, and there is no epilogue."""
+SPILLS = {
+    ("forward", "sm80", Tile(64, 128, 32, 8, 3, 8)),
+    ("forward", "sm80", Tile(128, 64, 64, 4, 3, 8)),
+    ("forward", "sm80", Tile(128, 64, 64, 4, 4, 8)),
+    ("dweight", "sm80", Tile(64, 64, 128, 8, 4, 8)),
+}
+"""Tiles of 16-bit operands with fewer sums that spill all the same, as the sweep found."""
 LANES = {"gfx942": 64}
 """Threads of a warp, where not 32."""
 
@@ -81,12 +91,12 @@ DEFAULTS: dict[tuple[str, str], dict[str, Tile]] = {
     ),
     ("sm90", "16-bit"): _both(
         Tile(128, 128, 64, 8, 3, 8),
-        Tile(128, 64, 256, 8, 3, 8),
+        Tile(128, 64, 128, 8, 4, 8),
         Tile(64, 128, 256, 8, 3, 8),
     ),
     ("sm100", "16-bit"): _both(
         Tile(128, 128, 64, 8, 3, 8),
-        Tile(128, 64, 256, 8, 3, 8),
+        Tile(128, 64, 128, 8, 4, 8),
         Tile(64, 128, 256, 8, 3, 8),
     ),
     # A stage more than one would not fit: 64 KiB for everything.
@@ -117,29 +127,41 @@ SLAB_MULTIPLE = 512
 """Columns a slab is a multiple of, and its least."""
 
 
+def default_tiles(family: str, operands: str) -> dict[str, Tile]:
+    """The tiles of a launch, by kernel, where nothing was tuned."""
+    return DEFAULTS[family, operands]
+
+
 def default_tile(kernel: str, family: str, operands: str) -> Tile:
-    """The tile of a launch."""
+    """That of one kernel."""
     return DEFAULTS[family, operands][kernel]
 
 
+_OUTER = {
+    "16-bit": ((64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128)),
+    "fp32": ((64, 64), (64, 128), (128, 64)),
+}
+_INNER = {"16-bit": (32, 64), "fp32": (16, 32)}
+_STAGES = {"sm80": (3, 4), "sm89": (2, 3), "sm90": (3, 4), "sm100": (3, 4), "gfx942": (2,)}
+
+
 def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
-    """Tiles that tuning may try: those that fit by the sizes above. The default is one of them."""
-    inner = (16, 32) if operands == "fp32" else (32, 64, 128)
-    outer = (32, 64, 128) if operands == "fp32" else (64, 128, 256)
-    stages = (1, 2) if family == "gfx942" else (2, 3, 4, 5)
-    for first, second, depth, warps, stage, group in product(
-        outer, outer, inner, (4, 8), stages, (4, 8, 16)
+    """Tiles that tuning may try, the default first."""
+    default = default_tiles(family, operands)[kernel]
+    yield default
+    for (first, second), inner, warps, stages in product(
+        _OUTER[operands], _INNER[operands], (4, 8), _STAGES[family]
     ):
         block_n, block_v, block_d = {
-            "forward": (first, second, depth),
-            "dlogits": (first, second, depth),
-            "dhidden": (first, depth, second),
-            "dweight": (depth, first, second),
+            "forward": (first, second, inner),
+            "dlogits": (first, second, inner),
+            "dhidden": (first, inner, second),
+            "dweight": (inner, first, second),
         }[kernel]
-        if kernel in ("forward", "dlogits") and block_v % 64:
+        tile = Tile(block_n, block_v, block_d, warps, stages, default.group)
+        if (kernel, family, tile) in SPILLS and operands == "16-bit":
             continue
-        tile = Tile(block_n, block_v, block_d, warps, stage, group)
-        if fits(tile, kernel, family, operands):
+        if tile != default and fits(tile, kernel, family, operands):
             yield tile
 
 
@@ -149,7 +171,8 @@ def fits(tile: Tile, kernel: str, family: str, operands: str) -> bool:
     item = 4 if operands == "fp32" else 2
     buffers = (first + second) * inner * item * tile.num_stages
     threads = tile.num_warps * LANES.get(family, 32)
-    return first * second <= REGISTERS * threads and buffers <= SHARED_KIB[family] * 1024
+    sums = MORE_REGISTERS.get((kernel, family), REGISTERS)
+    return first * second <= sums * threads and buffers <= SHARED_KIB[family] * 1024
 
 
 def sums_and_inner(tile: Tile, kernel: str) -> tuple[int, int, int]:
