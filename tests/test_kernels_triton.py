@@ -369,6 +369,6 @@ def test_tanh_is_within_two_units_in_the_last_place():
 def test_the_interpreter_has_tiles_of_its_own_and_multiplies_exactly():
     torch.set_float32_matmul_precision("medium")
     try:
-        assert Launch.of(torch.zeros(1)) == ("interpreter", "fp32", "ieee")
+        assert Launch.of(torch.zeros(1, 1))[:3] == ("interpreter", "fp32", "ieee")
     finally:
         torch.set_float32_matmul_precision("highest")

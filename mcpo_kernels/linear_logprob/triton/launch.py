@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Launch:
-        """For tensors of this device and dtype, unless ``using`` says something else."""
+        """For [N, D] tensors of this device and dtype, unless ``using`` says something else."""
         forced = _FORCED.get()
         if forced is not None:
             return forced
