@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, which decides at import whether it interprets.
 
-So these tests and those of ``test_kernels_triton_filter.py`` run in a process of their own, started
+So these tests and those of its neighbours run in a process of their own, started
 by the first of them. By hand:
 
     TRITON_INTERPRET=1 python -m pytest -m interpret

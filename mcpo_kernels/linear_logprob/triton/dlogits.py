@@ -8,7 +8,7 @@ Tiling. A program owns a tile of BLOCK_N rows and BLOCK_V columns, its inner loo
 Programs behind the last row with gradient leave at once; so do those whose tile the filter leaves
 out (``selection.py``), and write zeros.
 
-Memory. dz [N, slab] in the dtype of the operands, rows padded to a multiple of 16 numbers. Each
+Memory. dz [N, slab] in the dtype of the operands, rows padded with zeros to a multiple of 16 numbers. Each
 program may add up its columns, before rounding, for dbias: [row blocks, slab] in float32.
 """
 # N rows, D hidden, V vocabulary, W columns of the slab, B blocks of rows
@@ -72,13 +72,15 @@ def dlogits_kernel(  # noqa: PLR0913
     mask_n, mask_v = offs_n < count, offs_v < num_columns
     dz_ptrs = dz_ptr + starts(offs_n, row_length(num_columns))[:, None] + offs_v[None, :]
     mask = mask_n[:, None] & mask_v[None, :]
+    # Rows are written to their full length, so that the products can load them by 16 columns.
+    mask_dz = mask_n[:, None] & (offs_v < row_length(num_columns))[None, :]
     idle = row_block * BLOCK_N >= count
     if keep_ptr is not None:
         idle = idle | (tl.load(keep_ptr + row_block * num_column_blocks + column_block) == 0)
     if idle:
         # The products read every row with gradient, whether or not they skip as this does.
         zeros = tl.zeros((BLOCK_N, BLOCK_V), dtype=dz_ptr.dtype.element_ty)
-        tl.store(dz_ptrs, zeros, mask=mask)
+        tl.store(dz_ptrs, zeros, mask=mask_dz)
         if dbias_ptr is not None:
             dbias_ptrs = dbias_ptr + starts(row_block, num_columns) + offs_v
             tl.store(dbias_ptrs, tl.zeros((BLOCK_V,), dtype=tl.float32), mask=mask_v)
@@ -103,7 +105,7 @@ def dlogits_kernel(  # noqa: PLR0913
     dz *= scale
     # Outside, exp of anything times 0 need not be 0.
     dz = tl.where(mask, dz, 0.0)
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask_dz)
     if dbias_ptr is not None:
         dbias_ptrs = dbias_ptr + starts(row_block, num_columns) + offs_v
         tl.store(dbias_ptrs, tl.sum(dz, 0), mask=mask_v)

@@ -18,7 +18,7 @@ from mcpo_kernels.linear_logprob.head import PANEL, Allowance
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mcpo_kernels.linear_logprob.head import Gradients, Head, Needs, Saved, Scores
+    from mcpo_kernels.linear_logprob.head import Gradients, Head, Needs, Partial, Saved, Scores
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -66,6 +66,15 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowanc
     sizes = hidden_ND.shape[0], head.weight_VD.shape[0]
     _, lse_panels = kept_panels(*sizes, hidden_ND.dtype, allowance)
     return kernels.forward(hidden_ND, target_N, head, lse_panels)
+
+
+def partial(hidden_ND: Tensor, target_N: Tensor, head: Head, allowance: Allowance) -> Partial:
+    """What the columns of ``head`` say of each row, for a head of which they are a slab."""
+    from mcpo_kernels.linear_logprob.triton import forward as kernels
+
+    sizes = hidden_ND.shape[0], head.weight_VD.shape[0]
+    _, lse_panels = kept_panels(*sizes, hidden_ND.dtype, allowance)
+    return kernels.partial(hidden_ND, target_N, head, lse_panels)
 
 
 def kept_panels(

@@ -20,13 +20,13 @@ depend on N or on its neighbours. No atomics: the same call gives the same bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from mcpo_kernels.linear_logprob.head import PANEL, Head, Scores, empty_kept
+from mcpo_kernels.linear_logprob.head import PANEL, Head, Partial, Scores, empty_kept
 from mcpo_kernels.linear_logprob.triton.launch import OPTIONS, Launch, on_device
 from mcpo_kernels.linear_logprob.triton.logits import block_pair, logits_tile, starts
 from mcpo_kernels.linear_logprob.triton.tiles import MAX_SPLITS
@@ -132,26 +132,65 @@ def merge_kernel(partial_ptr, logp_ptr, lse_ptr, num_tokens, num_splits, BLOCK_N
     tl.store(lse_ptr + offs_n, maximum + log_total, mask=mask_n)
 
 
+class Splits(NamedTuple):
+    """What the splits of the vocabulary say of each row."""
+
+    number_3SN: Tensor
+    """float32: largest logit, sum of exp(z - largest), target logit where the split holds it."""
+    kept: tuple[Tensor, Tensor]
+    """The last two of ``Scores``."""
+
+
 def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, lse_panels: int) -> Scores:
     """Log-probabilities, and the log-sum-exp of ``lse_panels`` panels: all of them, or none."""
+    splits = run_splits(hidden_ND, target_N, head, lse_panels)
+    num_tokens = hidden_ND.shape[0]
+    logp_N, lse_N = (hidden_ND.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
+    if num_tokens > 0:
+        with on_device(hidden_ND):
+            merge_kernel[(triton.cdiv(num_tokens, MERGE_ROWS),)](
+                partial_ptr=splits.number_3SN,
+                logp_ptr=logp_N,
+                lse_ptr=lse_N,
+                num_tokens=num_tokens,
+                num_splits=splits.number_3SN.shape[1],
+                BLOCK_N=MERGE_ROWS,
+                **OPTIONS,
+            )
+    return Scores(logp_N, lse_N, *splits.kept)
+
+
+def partial(hidden_ND: Tensor, target_N: Tensor, head: Head, lse_panels: int) -> Partial:
+    """What the columns of ``head`` say of each row, for a head of which they are a slab."""
+    splits = run_splits(hidden_ND, target_N, head, lse_panels)
+    max_SN, sum_SN, target_logit_SN = splits.number_3SN
+    max_N = max_SN.amax(0)
+    shift_N = max_N.masked_fill(max_N == -torch.inf, 0.0)
+    # In float64, where the order in which torch adds up does not show.
+    sum_N = (sum_SN * (max_SN - shift_N).exp()).double().sum(0).float()
+    # At most one of them is not 0.
+    return Partial(max_N, sum_N, target_logit_SN.sum(0), *splits.kept)
+
+
+def run_splits(hidden_ND: Tensor, target_N: Tensor, head: Head, lse_panels: int) -> Splits:
+    """Every split by itself."""
     num_tokens, num_hidden = hidden_ND.shape
     num_vocab = head.weight_VD.shape[0]
     launch = Launch.of(hidden_ND)
     tile = launch.tile("forward")
     num_splits = number_of_splits(num_vocab, tile.block_v)
-    partial_3SN = hidden_ND.new_empty((3, num_splits, num_tokens), dtype=torch.float32)
-    logp_N, lse_N = (hidden_ND.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
-    scores = Scores(logp_N, lse_N, *empty_kept(hidden_ND, 0, lse_panels))
+    number_3SN = hidden_ND.new_empty((3, num_splits, num_tokens), dtype=torch.float32)
+    kept = empty_kept(hidden_ND, 0, lse_panels)
     if num_tokens == 0:
-        return scores
+        return Splits(number_3SN, kept)
     with on_device(hidden_ND):
         forward_kernel[(triton.cdiv(num_tokens, tile.block_n) * num_splits,)](
             hidden_ptr=hidden_ND.contiguous(),
             weight_ptr=head.weight_VD.contiguous(),
             bias_ptr=None if head.bias_V is None else head.bias_V.contiguous(),
             target_ptr=target_N.contiguous(),
-            partial_ptr=partial_3SN,
-            panel_lse_ptr=scores.panel_lse_NQ if lse_panels else None,
+            partial_ptr=number_3SN,
+            panel_lse_ptr=kept[1] if lse_panels else None,
             num_tokens=num_tokens,
             num_vocab=num_vocab,
             num_hidden=num_hidden,
@@ -161,16 +200,7 @@ def forward(hidden_ND: Tensor, target_N: Tensor, head: Head, lse_panels: int) ->
             PANEL=PANEL,
             **launch.options("forward"),
         )
-        merge_kernel[(triton.cdiv(num_tokens, MERGE_ROWS),)](
-            partial_ptr=partial_3SN,
-            logp_ptr=logp_N,
-            lse_ptr=lse_N,
-            num_tokens=num_tokens,
-            num_splits=num_splits,
-            BLOCK_N=MERGE_ROWS,
-            **OPTIONS,
-        )
-    return scores
+    return Splits(number_3SN, kept)
 
 
 def number_of_splits(num_vocab: int, block_v: int) -> int:

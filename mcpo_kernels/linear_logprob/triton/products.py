@@ -70,6 +70,7 @@ def dhidden_kernel(  # noqa: PLR0913
 
     continued = tl.full((BLOCK_N,), first_column, dtype=tl.int32) > 0
     total = tl.load(sum_ptrs, mask=mask & continued[:, None], other=0.0)
+    length = row_length(num_columns)
     num_steps = tl.cdiv(num_columns, BLOCK_V)
     if step_ptr is not None:
         step_ptr += starts(row_block, 1 + num_steps)
@@ -79,7 +80,9 @@ def dhidden_kernel(  # noqa: PLR0913
         if step_ptr is not None:
             begin = tl.load(step_ptr + 1 + step) * BLOCK_V
         mask_v = offs_v < num_columns - begin
-        dz = tl.load(dz_ptrs + begin, mask=mask_n[:, None] & mask_v[None, :], other=0.0)
+        # By the length of a row, whose end is aligned and holds zeros, as num_columns need not be.
+        mask_dz = mask_n[:, None] & (offs_v < length - begin)[None, :]
+        dz = tl.load(dz_ptrs + begin, mask=mask_dz, other=0.0)
         weight = tl.load(
             weight_ptrs + starts(begin, num_hidden),
             mask=mask_v[:, None] & mask_d[None, :],
@@ -129,9 +132,9 @@ def dweight_kernel(  # noqa: PLR0913
         if step_ptr is not None:
             begin = tl.load(step_ptr + 1 + step) * BLOCK_N
         mask_n = offs_n < count - begin
-        dz = tl.load(
-            dz_ptrs + starts(begin, length), mask=mask_n[:, None] & mask_v[None, :], other=0.0
-        )
+        # By the length of a row, as in dhidden.
+        mask_dz = mask_n[:, None] & (offs_v < length)[None, :]
+        dz = tl.load(dz_ptrs + starts(begin, length), mask=mask_dz, other=0.0)
         hidden = tl.load(
             hidden_ptrs + starts(begin, num_hidden),
             mask=mask_n[:, None] & mask_d[None, :],
