@@ -8,8 +8,9 @@ Tiling. A program owns a tile of BLOCK_N rows and BLOCK_V columns, its inner loo
 Programs behind the last row with gradient leave at once; so do those whose tile the filter leaves
 out (``selection.py``), and write zeros.
 
-Memory. dz [N, slab] in the dtype of the operands, rows padded with zeros to a multiple of 16 numbers. Each
-program may add up its columns, before rounding, for dbias: [row blocks, slab] in float32.
+Memory. dz [N, slab] in the dtype of the operands, rows padded with zeros to a multiple of 16
+numbers. Each program may add up its columns, before rounding, for dbias: [row blocks, slab] in
+float32.
 """
 # N rows, D hidden, V vocabulary, W columns of the slab, B blocks of rows
 # Triton types the arguments of a kernel at its launch.
