@@ -163,6 +163,7 @@ def test_public_names():
     assert mcpo_kernels.__all__ == [
         "Impl",
         "PrefixLayout",
+        "SelectiveRecompute",
         "available_impls",
         "linear_logprob",
         "prefix_attention",

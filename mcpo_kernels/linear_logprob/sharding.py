@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -94,10 +93,13 @@ def _is_whole(name: str, tensor: Any, group: ProcessGroup) -> bool:
     )
 
 
-# To torch.compile the tensor in a mesh is one whose numbers it does not know.
-@torch.compiler.assume_constant_result
 def _ranks_of(mesh: DeviceMesh) -> list[int]:
     return mesh.mesh.tolist()
+
+
+# To torch.compile the tensor in a mesh is one whose numbers it does not know. This is what
+# torch.compiler.assume_constant_result does, which would import the whole compiler, and Triton.
+_ranks_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _local(tensor: Any) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.attention import varlen as torch_varlen
-
 from mcpo_kernels.prefix_attention import gather
 
 if TYPE_CHECKING:
@@ -33,6 +31,9 @@ def attend(
 def _varlen(
     query_THD: Tensor, key_KHD: Tensor, value_KHD: Tensor, bounds: Bounds, rule: ScoreRule
 ) -> Tensor:
+    # Not at the top: it imports torch's compiler, and Triton with it.
+    from torch.nn.attention import varlen as torch_varlen
+
     output = torch_varlen.varlen_attn(
         query_THD,
         key_KHD,
