@@ -187,7 +187,7 @@ class Policy(nn.Module):
     def _recompute_plain_rows(self) -> None:
         """Plain forwards have no rows to choose among: the model replays all of them by itself."""
         if self.recompute in ("selective", "full"):
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
         self.recompute = "none"
 
 

@@ -290,3 +290,24 @@ def test_a_model_whose_attention_cannot_be_set_is_refused(build: object) -> None
     ):
         policy_of(model)
     assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("mode", ["light", "selective", "full"])
+def test_plain_forwards_recompute_by_the_model_alone(mode):
+    group = TokenizedGroup(
+        row_id="a", prompt_ids=(5, 6, 7), candidate_ids=((8, 9, 10), (11, 12), (13, 14, 15, 16))
+    )
+    batch = pack([group], share_prefix=False)
+
+    def gradients(recompute):
+        policy = Policy(
+            build_model(), head_impl="auto", autocast_dtype=None, recompute=recompute, packs=False
+        ).train()
+        # No rows are chosen: there is nothing that the step could say.
+        assert policy.recompute_of(batch) is None
+        assert policy.model.is_activation_checkpointing == (recompute in ("selective", "full"))
+        policy(batch).sum().backward()
+        return [p.grad for p in policy.parameters()]
+
+    for ours, plain in zip(gradients(mode), gradients("none"), strict=True):
+        assert torch.equal(ours, plain)
