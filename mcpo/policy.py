@@ -194,10 +194,14 @@ class Policy(nn.Module):
 @contextmanager
 def unpacked(policy: Policy) -> Generator[PreTrainedModel]:
     """The model with its own attention, for plain forwards and ``generate``."""
+    training = policy.model.training
     policy.model.set_attn_implementation(policy.plain_attention)
+    # In training mode with checkpointing on, transformers drops the cache that decoding needs.
+    policy.model.eval()
     try:
         yield policy.model
     finally:
+        policy.model.train(training)
         if policy.packs:
             policy.model.set_attn_implementation(ATTENTION_NAME)
 

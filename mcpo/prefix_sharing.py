@@ -91,6 +91,8 @@ def settle(
     if policy.packs:
         policy.stop_packing()
     failure, rounding = _checked(policy, groups, config, share_prefix=False)
+    # As above: a rank that raises alone would leave the others waiting.
+    failure = next((each for each in engine.gather(failure) if each is not None), None)
     if failure is not None:
         raise ValueError(failure)
     return replace(config, model=replace(config.model, prefix_sharing="off")), rounding

@@ -311,3 +311,29 @@ def test_plain_forwards_recompute_by_the_model_alone(mode):
 
     for ours, plain in zip(gradients(mode), gradients("none"), strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_decoding_keeps_its_cache_when_plain_forwards_recompute(mode):
+    token_1L = torch.tensor([[5, 6, 7, 8]])
+
+    def decoded(policy):
+        with unpacked(policy) as model, torch.no_grad():
+            assert not model.training
+            first = model(input_ids=token_1L[:, :-1], use_cache=True)
+            last = model(
+                input_ids=token_1L[:, -1:], past_key_values=first.past_key_values, use_cache=True
+            )
+        assert policy.model.training
+        return last.logits[0, -1]
+
+    policy = Policy(
+        build_model(), head_impl="auto", autocast_dtype=None, recompute=mode, packs=True
+    ).train()
+    packed = decoded(policy)
+    policy.stop_packing()
+    assert torch.equal(decoded(policy), packed)
+    with unpacked(policy) as model, torch.no_grad():
+        whole = model(input_ids=token_1L, use_cache=False).logits[0, -1]
+    torch.testing.assert_close(packed, whole)

@@ -216,15 +216,27 @@ def test_what_nothing_declares_is_measured(self_check: bool) -> None:
         settled(mixes_tokens(build_model()), config_of(self_check=self_check, prefix_sharing="on"))
 
 
-def test_any_rank_that_cannot_pack_takes_the_others_along() -> None:
+def settled_beside(*answers: str | None) -> tuple[Config, str]:
+    """Settle next to a rank whose packed and plain checks come out as ``answers``."""
     config = config_of()
     policy, _ = make_policy(build_model(), config, CPU)
     engine = SingleEngine(policy, build_optimizer(policy, config.optim), torch.device("cpu"))
-    engine.gather = lambda reason: [reason, "of another rank"]  # pyright: ignore
+    there = iter(answers)
+    engine.gather = lambda reason: [reason, next(there)]  # pyright: ignore
     console = Console(record=True, width=1000)
     outcome, _ = settle(engine, GROUPS, config, console, None)
+    return outcome, console.export_text()
+
+
+def test_any_rank_that_cannot_pack_takes_the_others_along() -> None:
+    outcome, text = settled_beside("of another rank", None)
     assert outcome.model.prefix_sharing == "off"
-    assert "because of another rank" in console.export_text()
+    assert "because of another rank" in text
+
+
+def test_a_plain_check_that_fails_on_another_rank_stops_this_one() -> None:
+    with pytest.raises(ValueError, match="plain rows are wrong there"):
+        settled_beside("of another rank", "plain rows are wrong there")
 
 
 @pytest.mark.parametrize(("asked", "shares"), [("auto", True), ("on", True), ("off", False)])
