@@ -36,7 +36,7 @@ class Pool {
         block.data, sizes, [this, block](void*) { give_back(block); }, at::dtype(dtype));
   }
 
-  // Bytes held for the next cache.
+  // Bytes held for the next block.
   int64_t held() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return held_.bytes;
@@ -58,7 +58,7 @@ class Pool {
     std::free(block.data);
     block = {std::aligned_alloc(kLargePage, size), size};
     TORCH_CHECK(block.data, "no memory for ", size >> 20,
-                " MiB of logits or of a gradient; lower cache_mb");
+                " MiB; a lower cache_mb keeps fewer logits");
     use_large_pages(block.data, block.bytes);
     return block;
   }

@@ -185,9 +185,20 @@ class Policy(nn.Module):
         self._recompute_plain_rows()
 
     def _recompute_plain_rows(self) -> None:
-        """Plain forwards have no rows to choose among: the model replays all of them by itself."""
-        if self.recompute in ("selective", "full"):
-            self.model.activation_checkpointing_enable()
+        """Plain forwards have no rows to choose among: the model replays all of them by itself.
+
+        Raises:
+            ValueError: recomputation is asked for and the model has none.
+        """
+        if self.model.supports_gradient_checkpointing:
+            if self.recompute != "none":
+                self.model.activation_checkpointing_enable()
+        elif self.recompute in ("selective", "full"):
+            raise ValueError(
+                "a model that is not packed must support transformers' activation checkpointing "
+                f"to be recomputed, and {type(self.model).__name__} does not; train it with "
+                "recompute: none"
+            )
         self.recompute = "none"
 
 
