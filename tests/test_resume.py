@@ -131,7 +131,12 @@ def test_processes_that_see_different_checkpoints_are_told_so(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where each machine has an output folder of its own, which only the first writes to."""
-    monkeypatch.setattr(SingleEngine, "gather", lambda self, value: ["checkpoint-4", value])
+
+    def gather(self: SingleEngine, value: object) -> list[object]:
+        # The other process differs in its checkpoint, and in nothing else that they compare.
+        return ["checkpoint-4", value] if value == "none" else [value, value]
+
+    monkeypatch.setattr(SingleEngine, "gather", gather)
     assert main([*words(arguments), "--resume"]) == 2
     assert "they see, by rank, checkpoint-4, none; put output_dir on" in capsys.readouterr().err
 
