@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +14,7 @@ from mcpo.engine import local_world_size, world_size
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
+from mcpo.prefix_sharing import refuse_if_asked_for
 from mcpo.prepare import load_groups
 from mcpo.recompute import (
     BYTES_PER_PARAMETER,
@@ -20,6 +23,7 @@ from mcpo.recompute import (
     largest_micro_batch,
     resolve_recompute,
 )
+from mcpo_kernels.integrations.packable import declared_refusal
 
 
 def describe(config: Config, device: torch.device, console: Console) -> None:
@@ -28,16 +32,21 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report)
     num_processes = world_size()
+    model = without_weights(model_config)
+    refusal = declared_refusal(model)
+    how = "packed, if the check at the start agrees"
+    if refusal is not None:
+        refuse_if_asked_for(config, refusal)
+        config = replace(config, model=replace(config.model, prefix_sharing="off"))
+        how = f"one sequence per row: {refusal}"
     share = config.model.shares_prefixes
     tokens = [packed_length(group, share) for group in groups.train]
     unshared = [packed_length(group, False) for group in groups.train]
     steps = count_steps(config.optim, len(groups.train), num_processes)
     per_step = groups_per_step(config.optim, num_processes)
-    model = without_weights(model_config)
     num_parameters = model.num_parameters()
-    recompute = resolve_recompute(
-        config, groups.train, model, device_memory(device, local_world_size())
-    )
+    memory = device_memory(device, local_world_size())
+    recompute = resolve_recompute(config, groups.train, model, memory, packs=refusal is None)
     micro_batch = largest_micro_batch(config, groups.train)
     activations = activation_bytes(model_config, micro_batch, recompute.mode)
     table = Table(title="dry run: nothing was trained", show_header=False)
@@ -47,7 +56,8 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         ("groups, per step", f"{len(tokens):,}, {per_step}"),
         ("steps", f"{steps:,}"),
         ("epochs", f"{steps * per_step / len(tokens):.2f}"),
-        ("packed tokens an epoch", f"{sum(tokens):,}"),
+        ("batches", how),
+        ("tokens an epoch", f"{sum(tokens):,}"),
         ("of which a shared prompt saves", f"{1 - sum(tokens) / sum(unshared):.0%}"),
         ("largest micro-batch", f"{micro_batch:,} tokens"),
         ("parameters", f"{num_parameters:,}"),

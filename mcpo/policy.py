@@ -135,15 +135,30 @@ class Policy(nn.Module):
         disable_dropout(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
-        self.recompute = recompute
-        # Modules in a list that are no children of this one: they are the model's.
-        self._layers = () if recompute == "none" or not packs else checkpointed_layers(model)
-        if not packs:
-            self._recompute_plain_rows()
+        # Modules in a tuple are no children of this one: they are the model's.
+        self._layers: tuple[nn.Module, ...] = ()
+        self.set_recompute(recompute)
+
+    def set_recompute(self, mode: str) -> None:
+        """What the backward computes again from now on.
+
+        A model that does not pack has no rows to choose among: whatever the mode, unless it is
+        "none", the model replays all of them, as transformers does it.
+
+        Raises:
+            ValueError: the model has no layers that can be recomputed.
+        """
+        self.recompute = mode
+        if mode == "none":
+            return
+        if self.packs:
+            self._layers = checkpointed_layers(self.model)
+        else:
+            self.model.activation_checkpointing_enable()
 
     def recompute_of(self, batch: PackedBatch) -> SelectiveRecompute | None:
         """For one forward with gradients: what to call the policy with, besides the batch."""
-        if self.recompute == "none":
+        if self.recompute == "none" or not self.packs:
             return None
         return SelectiveRecompute(
             self._layers, batch.layout, keep_products=self.recompute == "light"
@@ -182,24 +197,7 @@ class Policy(nn.Module):
         """From now on every sequence is a row of its own, with the model's own attention."""
         self.model.set_attn_implementation(self.plain_attention)
         self.packs = False
-        self._recompute_plain_rows()
-
-    def _recompute_plain_rows(self) -> None:
-        """Plain forwards have no rows to choose among: the model replays all of them by itself.
-
-        Raises:
-            ValueError: recomputation is asked for and the model has none.
-        """
-        if self.model.supports_gradient_checkpointing:
-            if self.recompute != "none":
-                self.model.activation_checkpointing_enable()
-        elif self.recompute in ("selective", "full"):
-            raise ValueError(
-                "a model that is not packed must support transformers' activation checkpointing "
-                f"to be recomputed, and {type(self.model).__name__} does not; train it with "
-                "recompute: none"
-            )
-        self.recompute = "none"
+        self.set_recompute(self.recompute)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ MOST_MADE_UP_TOKENS = 512
 
 
 def make_policy(
-    model: PreTrainedModel, config: Config, placement: Placement, recompute: str = "none"
+    model: PreTrainedModel, config: Config, placement: Placement
 ) -> tuple[Policy, str | None]:
     """The policy, and why it does not pack; None if it does, as far as the model declares.
 
@@ -37,13 +37,12 @@ def make_policy(
         model,
         head_impl=config.model.head_impl,
         autocast_dtype=placement.autocast_dtype,
-        recompute=recompute,
         attention_impl=config.model.attention_impl,
     )
     try:
         return make(), None
     except UnpackableError as error:
-        _refuse_if_asked_for(config, str(error))
+        refuse_if_asked_for(config, str(error))
         return make(packs=False), str(error)
 
 
@@ -82,7 +81,7 @@ def settle(
         how = "packed, prompts shared" if config.model.shares_prefixes else "packed, nothing shared"
         console.print(f"prefix_sharing: {config.model.prefix_sharing}: {how}", soft_wrap=True)
         return config, rounding
-    _refuse_if_asked_for(config, reason)
+    refuse_if_asked_for(config, reason)
     console.print(
         f"prefix_sharing: {config.model.prefix_sharing}: one sequence per row, with the model's "
         f"own attention, because {reason}",
@@ -132,7 +131,8 @@ def made_up_group(policy: Policy) -> TokenizedGroup:
     )
 
 
-def _refuse_if_asked_for(config: Config, reason: str) -> None:
+def refuse_if_asked_for(config: Config, reason: str) -> None:
+    """Raise if the configuration insists on sharing prompts, which ``reason`` speaks against."""
     if config.model.prefix_sharing == "on":
         raise ValueError(
             f"prefix_sharing: on needs a model that can be packed: {reason}. With auto it is "

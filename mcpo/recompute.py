@@ -51,6 +51,8 @@ def resolve_recompute(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
+    *,
+    packs: bool = True,
 ) -> Recompute:
     """The mode of a run, and why.
 
@@ -60,23 +62,63 @@ def resolve_recompute(
         model: to be trained, or one like it on the device "meta".
         memory: bytes of the device, for one process; not what happens to be free, so that a
             resumed run resolves alike.
+        packs: whether the model takes packed rows. If not, ``config`` shares no prompts either,
+            and there are two modes: "none", and "full" by transformers' own means.
+
+    Raises:
+        ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
+    if not packs:
+        return _resolve_plain(asked, config, groups, model, memory)
     if asked != "auto":
         return Recompute(asked, "it was given")
     try:
         checkpointed_layers(model)
     except ValueError as error:
         return Recompute("none", f"auto: {error}")
-    tokens = largest_micro_batch(config, groups)
-    state = model.num_parameters() * BYTES_PER_PARAMETER
     share = share_with_gradient(groups, config.kernel.num_negatives, config.model.shares_prefixes)
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
-    needed = state + SAFETY * activation_bytes(model.config, tokens, plenty)
-    sizes = f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
-    if needed > memory:
+    fits, sizes = _fits(plenty, config, groups, model, memory)
+    if not fits:
         return Recompute("selective", f"auto: {plenty!r} does not fit, {sizes}")
     return Recompute(plenty, f"auto: {share:.0%} of the tokens have a gradient, {sizes}")
+
+
+def _resolve_plain(
+    asked: str,
+    config: Config,
+    groups: Sequence[TokenizedGroup],
+    model: PreTrainedModel,
+    memory: int,
+) -> Recompute:
+    """Of a model that takes one sequence per row."""
+    able = model.supports_gradient_checkpointing
+    if asked == "none":
+        return Recompute("none", "it was given")
+    if asked != "auto":
+        if not able:
+            raise ValueError(
+                "a model that is not packed must support transformers' activation checkpointing "
+                f"to be recomputed, got recompute {asked!r} and {type(model).__name__}, which does "
+                "not; train it with recompute: none"
+            )
+        reason = f"{asked!r} was given, and one sequence per row leaves no rows to choose among"
+        return Recompute("full", reason)
+    fits, sizes = _fits("none", config, groups, model, memory)
+    if fits or not able:
+        return Recompute("none", f"auto: one sequence per row, {sizes}")
+    return Recompute("full", f"auto: 'none' does not fit, {sizes}")
+
+
+def _fits(
+    mode: str, config: Config, groups: Sequence[TokenizedGroup], model: PreTrainedModel, memory: int
+) -> tuple[bool, str]:
+    """Whether the memory is enough for a mode, and what is needed of it."""
+    state = model.num_parameters() * BYTES_PER_PARAMETER
+    tokens = largest_micro_batch(config, groups)
+    needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
+    return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
 
 
 def asked_mode(config: ModelConfig) -> str:

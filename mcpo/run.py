@@ -93,14 +93,7 @@ def _run(
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report, soft_wrap=True)
-    recompute = resolve_recompute(
-        config,
-        groups.train,
-        model,
-        device_memory(placement.device, local_world_size()),
-    )
-    console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
-    policy, unpackable = make_policy(model, config, placement, recompute.mode)
+    policy, unpackable = make_policy(model, config, placement)
     policy.to(placement.device).train()
     optimizer = build_optimizer(policy, config.optim)
     engine: Engine = (
@@ -109,6 +102,10 @@ def _run(
         else SingleEngine(policy, optimizer, placement.device)
     )
     config, rounding = settle(engine, groups.train, config, console, unpackable)
+    memory = device_memory(placement.device, local_world_size())
+    recompute = resolve_recompute(config, groups.train, model, memory, packs=policy.packs)
+    policy.set_recompute(recompute.mode)
+    console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
     job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
     encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
     before = decode(engine, encoder, items, config.run, console, name="before") if items else []

@@ -59,7 +59,7 @@ def test_the_schedule_is_within_the_budget(shape, scratch_mib, twins, monkeypatc
     case.grad[:200] = 0.0
     assert_within_budget("triton", case)
 
-    tile = tiles.default_tile("forward", "sm90", "16-bit")
+    tile = tiles.default_tiles("sm90", "16-bit")["forward"]
     blocks = -(-shape.num_tokens // tile.block_n)
     splits = forward.number_of_splits(shape.num_vocab, tile.block_v)
     assert 1 < splits <= tiles.MAX_SPLITS
@@ -82,7 +82,7 @@ def test_no_split_is_empty(num_vocab, block_v):
 @pytest.mark.parametrize("family", tiles.FAMILIES)
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_the_default_tile_fits_and_is_in_the_space(kernel, family, operands):
-    default = tiles.default_tile(kernel, family, operands)
+    default = tiles.default_tiles(family, operands)[kernel]
     assert tiles.fits(default, kernel, family, operands)
     assert default in set(tiles.space(kernel, family, operands))
     # Panels of the filter must not be cut.

@@ -337,14 +337,3 @@ def test_decoding_keeps_its_cache_when_plain_forwards_recompute(mode):
     with unpacked(policy) as model, torch.no_grad():
         whole = model(input_ids=token_1L, use_cache=False).logits[0, -1]
     torch.testing.assert_close(packed, whole)
-
-
-def test_plain_forwards_of_a_model_without_checkpointing_say_so():
-    def plain(mode):
-        model = build_model()
-        model.supports_gradient_checkpointing = False
-        return Policy(model, head_impl="auto", autocast_dtype=None, recompute=mode, packs=False)
-
-    assert not plain("light").model.is_activation_checkpointing
-    with pytest.raises(ValueError, match=r"Llama.* does not; train it with recompute: none"):
-        plain("selective")

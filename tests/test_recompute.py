@@ -196,8 +196,10 @@ def test_what_is_not_finite_is_reported_as_without_recompute(mode: str) -> None:
 MODEL = build_model()
 
 
-def resolved(memory: int = 10**12, groups=GROUPS, model=MODEL, **options: object):
-    return resolve_recompute(make_config(options), groups, model, memory)
+def resolved(
+    memory: int = 10**12, groups=GROUPS, model=MODEL, packs: bool = True, **options: object
+):
+    return resolve_recompute(make_config(options), groups, model, memory, packs=packs)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,33 @@ def test_auto_leaves_a_model_alone_whose_layers_cannot_be_replayed() -> None:
     bare.model.layers = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="and it has none; train it without recompute"):
         Policy(bare, head_impl="auto", autocast_dtype=None, recompute="full")
+
+
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_a_model_that_is_not_packed_replays_all_or_nothing(mode: str) -> None:
+    plain = {"packs": False, "prefix_sharing": "off"}
+    assert resolved(**plain).mode == "none"
+    assert "'none' does not fit" in resolved(0, **plain).reason
+    assert resolved(0, **plain).mode == "full"
+    assert resolved(recompute="none", **plain) == ("none", "it was given")
+    given = resolved(recompute=mode, **plain)
+    assert given.mode == "full"
+    assert given.reason.startswith(f"'{mode}' was given")
+    unable = build_model()
+    unable.supports_gradient_checkpointing = False
+    assert resolved(0, model=unable, **plain).mode == "none"
+    with pytest.raises(ValueError, match=r"Llama.*, which does not; train it with recompute: none"):
+        resolved(model=unable, recompute=mode, **plain)
+
+
+def test_memory_is_reckoned_for_the_batches_that_a_plain_model_gets() -> None:
+    """With prompts repeated, which the packed batches of the same groups would share."""
+    plain = {"packs": False, "prefix_sharing": "off"}
+    tokens = pack(GROUPS, share_prefix=False).layout.num_tokens
+    assert tokens > BATCH.layout.num_tokens
+    needed = 16 * MODEL.num_parameters() + 2 * activation_bytes(MODEL.config, tokens, "none")
+    assert resolved(needed, **plain).mode == "none"
+    assert resolved(needed - 1, **plain).mode == "full"
 
 
 def test_one_option_under_two_names_is_refused() -> None:

@@ -181,6 +181,23 @@ def test_dry_run_trains_nothing(
     assert not arguments["output_dir"].exists()
 
 
+def test_dry_run_knows_a_model_that_cannot_be_packed(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without shared prompts, and with what recompute means then."""
+    monkeypatch.setenv("COLUMNS", "200")
+    reason = "it has layers of the kind linear_attention"
+    monkeypatch.setattr("mcpo.dry_run.declared_refusal", lambda model: reason)
+    assert main([*words(arguments), "--dry_run", "--recompute", "light"]) == 0
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    shown = {line[1].strip(): line[2].strip() for line in lines}
+    assert shown["batches"] == f"one sequence per row: {reason}"
+    assert shown["of which a shared prompt saves"] == "0%"
+    assert shown["recompute"] == "full"
+    assert main([*words(arguments), "--dry_run", "--prefix_sharing", "on"]) == 2
+    assert f"needs a model that can be packed: {reason}" in capsys.readouterr().err
+
+
 def test_dry_run_counts_the_processes_of_the_job(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,10 +21,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from mcpo_kernels.prefix_attention.plan import make_plan
-from mcpo_kernels.prefix_attention.scores import of_no_tokens
+from mcpo_kernels.prefix_attention.scores import of_no_tokens, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,9 +94,9 @@ def attend(
     width = max(query_HTD.shape[-1], num_values)
     gather = make_gather(layout, rule.window, query_HTD.device)
     output_THD = varlen(
-        _widen(query_HTD, width).transpose(0, 1),
-        _gathered(_widen(key_HTD, width), gather),
-        _gathered(_widen(value_HTE, width), gather),
+        widen(query_HTD, width).transpose(0, 1),
+        _gathered(widen(key_HTD, width), gather),
+        _gathered(widen(value_HTE, width), gather),
         gather.bounds,
         rule,
     )
@@ -109,8 +108,3 @@ def _gathered(tensor_HTD: Tensor, gather: Gather) -> Tensor:
     where that of an index would add them by atomics, in any order."""
     parts = tensor_HTD.transpose(0, 1).split(gather.part_lengths)
     return torch.cat([parts[part] for part in gather.key_parts])
-
-
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    missing = width - tensor.shape[-1]
-    return functional.pad(tensor, (0, missing)) if missing else tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch.nn import functional
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,6 +20,12 @@ class ScoreRule(NamedTuple):
     """c in c * tanh(z / c), or None."""
     sinks_H: Tensor | None
     """Per head the logit of a key without value, or None."""
+
+
+def widen(tensor: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dimension, up to ``width``: they add nothing to a score."""
+    missing = width - tensor.shape[-1]
+    return functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def of_no_tokens(query_HTD: Tensor, key_HTD: Tensor, value_HTE: Tensor, rule: ScoreRule) -> Tensor:

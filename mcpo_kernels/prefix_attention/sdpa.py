@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from mcpo_kernels.prefix_attention.plan import make_plan
+from mcpo_kernels.prefix_attention.scores import widen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,9 +81,9 @@ def _torch_attention(
     num_values, width = value_BHKE.shape[-1], max(query_BHLD.shape[-1], value_BHKE.shape[-1])
     mask_LK = _end_aligned_mask(query_BHLD, key_BHKD, rule.window)
     output_BHLE = functional.scaled_dot_product_attention(
-        _widen(query_BHLD, width),
-        _widen(key_BHKD, width),
-        _widen(value_BHKE, width),
+        widen(query_BHLD, width),
+        widen(key_BHKD, width),
+        widen(value_BHKE, width),
         attn_mask=mask_LK,
         is_causal=mask_LK is None,
         scale=rule.scale,
@@ -122,8 +123,3 @@ def _end_aligned_mask(query_BHLD: Tensor, key_BHKD: Tensor, window: int | None) 
     mask_LK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHLD.device)
     mask_LK = mask_LK.tril(num_keys - num_queries)
     return mask_LK if window is None else mask_LK.triu(num_keys - num_queries - window + 1)
-
-
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    missing = width - tensor.shape[-1]
-    return functional.pad(tensor, (0, missing)) if missing else tensor

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mcpo_kernels.linear_logprob.triton.tiles import MAX_SPLITS, SCRATCH_MIB, default_tile
+from mcpo_kernels.linear_logprob.triton.tiles import MAX_SPLITS, SCRATCH_MIB, default_tiles
 
 ITEM, SUM = 2, 4
 """Bytes of an operand in bfloat16 and of a float32 sum."""
@@ -51,7 +51,7 @@ class Work(NamedTuple):
 
 def forward(family: str, num_rows: int, num_hidden: int, num_vocab: int) -> Work:
     """One product; partial results of every split."""
-    tile = default_tile("forward", family, "16-bit")
+    tile = default_tiles(family, "16-bit")["forward"]
     weight = num_vocab * num_hidden * ITEM * _groups(num_rows, tile.block_n, tile.group)
     splits = min(_blocks(num_vocab, tile.block_v), MAX_SPLITS)
     partial = 2 * 3 * splits * num_rows * SUM
@@ -67,7 +67,7 @@ def backward(family: str, num_tokens: int, num_hidden: int, num_vocab: int, num_
     # The scratch has room for all N rows, so these decide how many slabs there are.
     num_slabs = _blocks(num_tokens * num_vocab * ITEM, SCRATCH_MIB * MIB)
     dlogits, dhidden, dweight = (
-        default_tile(kernel, family, "16-bit") for kernel in ("dlogits", "dhidden", "dweight")
+        default_tiles(family, "16-bit")[kernel] for kernel in ("dlogits", "dhidden", "dweight")
     )
     num_bytes = (
         # The rows put side by side, read and written.
