@@ -6,9 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from judge_server import Reply, judge_server
 
 from mcpo.evaluate.__main__ import main
-from mcpo.evaluate.alpaca import Annotation, write_annotations
+from mcpo.evaluate.alpaca import (
+    Annotation,
+    ModelOutput,
+    preferences,
+    read_annotations,
+    write_annotations,
+    write_outputs,
+)
 from mcpo.evaluate.arena import Judgment, write_judgments
 
 SHARED = Path(os.environ.get("MCPO_SHARED", Path(__file__).parents[2] / "shared"))
@@ -119,3 +127,49 @@ def test_a_figure_that_is_off_is_found(tmp_path, capsys):
     path.write_text(json.dumps(few))
     assert main(["published", str(folder)]) == 1
     assert "OFF: FuseChat-Gemma-2-9B-Instruct" in capsys.readouterr().out
+
+
+def outputs(generator, texts):
+    return [
+        ModelOutput(instruction=f"Question {number}", output=text, generator=generator)
+        for number, text in enumerate(texts)
+    ]
+
+
+def test_a_judge_fills_an_annotation_file(tmp_path, capsys):
+    write_outputs(tmp_path / "mine.json", outputs("mine", ["good", "bad", "good", "odd"]))
+    write_outputs(tmp_path / "base.json", outputs("base", ["bad", "good", "bad", "bad"])[::-1])
+
+    def knows(message, before):
+        first = message.split("<<<ANSWER A\n")[1].split("\n")[0]
+        if "odd" in message:
+            return Reply(text="I cannot say.")
+        return Reply(text="[[A]]" if first == "good" else "[[B]]")
+
+    files = [str(tmp_path / name) for name in ("mine.json", "base.json", "annotations.json")]
+    with judge_server(knows) as server:
+        command = ["judge", *files, "--model", "j", "--base_url", server.base_url]
+        command += ["--cache", str(tmp_path / "answers.sqlite")]
+        assert main(command) == 0
+        assert "8 requests, 0 answers from" in " ".join(capsys.readouterr().out.split())
+        assert main(command) == 0
+        assert len(server.requests) == 8
+    annotations = read_annotations(tmp_path / "annotations.json")
+    assert preferences(annotations)[:3].tolist() == [1, 0, 1]
+    assert preferences(annotations)[3] != preferences(annotations)[3]
+    assert {each.annotator for each in annotations} == {"j"}
+
+
+def test_a_judge_that_fails_leaves_no_annotations(tmp_path, capsys):
+    write_outputs(tmp_path / "mine.json", outputs("mine", ["a"]))
+    write_outputs(tmp_path / "base.json", outputs("base", ["b"]))
+    write_outputs(tmp_path / "more.json", outputs("base", ["b", "c"]))
+    out = str(tmp_path / "annotations.json")
+    rest = ["--model", "j", "--cache", str(tmp_path / "answers.sqlite")]
+    mine, base, more = (str(tmp_path / name) for name in ("mine.json", "base.json", "more.json"))
+    with judge_server(lambda message, before: Reply(status=401)) as server:
+        assert main(["judge", mine, base, out, *rest, "--base_url", server.base_url]) == 2
+    assert "refuses every request" in capsys.readouterr().err
+    assert not Path(out).exists()
+    assert main(["judge", mine, more, out, *rest]) == 2
+    assert "1 are in one of them alone, such as 'Question 1'" in capsys.readouterr().err

@@ -20,13 +20,17 @@ from mcpo.evaluate.alpaca import (
     Annotation,
     preferences,
     read_annotations,
+    read_outputs,
     why_not_comparable,
+    write_annotations,
 )
 from mcpo.evaluate.arena import arena_score, read_judgments
 from mcpo.evaluate.page import side_by_side
 from mcpo.evaluate.win_rate import over_seeds, paired_difference, win_rate
+from mcpo.judges.verdict import JudgeError
+from mcpo.progress import progress
 
-CALLERS_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+CALLERS_ERRORS = (ValueError, OSError, ModuleNotFoundError, JudgeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arena(arguments, console)
             case "page":
                 page(arguments, console)
+            case "judge":
+                judge(arguments, console)
             case _:
                 return published(arguments, console)
     except CALLERS_ERRORS as error:
@@ -183,6 +189,38 @@ def page(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"{len(annotations)} questions in {arguments.output}")
 
 
+def judge(arguments: argparse.Namespace, console: Console) -> None:
+    """Ask a language model about every question, in both orders; what it said is kept."""
+    from mcpo.evaluate.judged import judge_outputs
+    from mcpo.judges.cache import AnswerCache
+    from mcpo.judges.instructions import DEFAULT
+    from mcpo.judges.llm import JudgeConfig, LanguageModelJudge
+
+    outputs = read_outputs(arguments.outputs)
+    baseline = read_outputs(arguments.baseline)
+    config = JudgeConfig(
+        model=arguments.model,
+        base_url=arguments.base_url,
+        instructions=arguments.instructions or DEFAULT,
+        both_orders=not arguments.one_order,
+        concurrency=arguments.concurrency,
+    )
+    asked = LanguageModelJudge(config, AnswerCache(arguments.cache))
+    with progress(console, "judge", len(outputs)) as advance:
+        annotations = judge_outputs(
+            outputs, baseline, asked, config.model, lambda done: advance(done, "")
+        )
+    write_annotations(arguments.annotations, annotations)
+    usage = asked.usage
+    console.print(
+        f"{arguments.annotations}: {len(annotations)} comparisons; {usage.requests} requests, "
+        f"{usage.cached} answers from {arguments.cache}, {usage.prompt_tokens:,} + "
+        f"{usage.completion_tokens:,} tokens; {usage.contradicted} pairs where the order decided, "
+        f"{usage.abstained} answers without a verdict",
+        soft_wrap=True,
+    )
+
+
 def _table(*columns: str) -> Table:
     table = Table()
     table.add_column(columns[0], no_wrap=True)
@@ -215,7 +253,24 @@ def _parser() -> argparse.ArgumentParser:
     page_parser = commands.add_parser("page", help="two models' answers side by side")
     page_parser.add_argument("annotations", type=Path, help="annotations.json")
     page_parser.add_argument("output", type=Path, help="the HTML file to write")
+    _add_judge(commands.add_parser("judge", help="have a language model compare answers"))
     return parser
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("outputs", type=Path, help="model_outputs.json of the model")
+    parser.add_argument("baseline", type=Path, help="model_outputs.json of the baseline")
+    parser.add_argument("annotations", type=Path, help="the file to write")
+    parser.add_argument("--model", required=True, help="the judge's name at its endpoint")
+    parser.add_argument(
+        "--base_url", help="an OpenAI-compatible endpoint; its key in OPENAI_API_KEY"
+    )
+    parser.add_argument("--instructions", type=Path, help="text file in place of the default")
+    parser.add_argument("--one_order", action="store_true", help="ask once per pair, order by lot")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("judge_answers.sqlite"), help="where answers are kept"
+    )
 
 
 if __name__ == "__main__":

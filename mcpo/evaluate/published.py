@@ -76,7 +76,7 @@ def compare_with_published(
     gamed = read_gamed(folder / "df_gamed_reconstructed.csv.gz")
     results: list[Comparison] = []
     for model, figures in published.items():
-        rows = table[table["model"] == model].sort_values(by=["index"])
+        rows = table.loc[table["model"] == model].set_index("index").sort_index()
         results.append(_compare(model, figures, rows, difficulty_Q, gamed))
         on_model(1)
     return results
