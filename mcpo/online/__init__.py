@@ -1,0 +1,1 @@
+"""OnMC-PO: generate, judge, train, again."""
