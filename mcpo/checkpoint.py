@@ -1,8 +1,9 @@
 """Checkpoints: a folder appears whole or not at all, and the newest whole one is found on resume.
 
 ``checkpoint-<step>/`` holds the model and tokenizer as any Hugging Face loader reads them, the
-optimizer and schedule (``optimizer.pt``), and ``state.json``. No generator state is kept: the order
-of rows and the draws are functions of (seed, epoch, step, row id).
+optimizer, schedule and what else training carries on (``optimizer.pt``), and ``state.json``. No
+generator state is kept: the order of rows and the draws are functions of (seed, epoch, step, row
+id).
 """
 
 from __future__ import annotations

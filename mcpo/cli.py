@@ -191,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shown(default: Any) -> str:
-    if default == ():
-        return "none"
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
     if isinstance(default, bool) or default is None:
         return {True: "true", False: "false", None: "unset"}[default]
     return str(default)

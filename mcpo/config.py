@@ -7,6 +7,7 @@ imports neither torch nor transformers, so that ``--help`` is instant.
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from mcpo.data.mixture import SourceSpec
@@ -120,15 +121,75 @@ class KernelConfig:
         _require(self.temperature > 0, "temperature must be positive", self.temperature)
 
 
+# Here, without torch, so that a misspelt name answers at once; mcpo/losses/names.py has the losses.
+LOSS_TYPES = (
+    *("mcpo", "mcpo_unbiased", "rnce", "dpo", "rpo", "cdpo", "robust", "exo", "hinge"),
+    *("ipo", "ipo_sum", "bco", "kto", "apo_zero", "apo_down", "sppo", "nca", "nca_rated"),
+    *("infonca", "simpo", "cpo", "orpo", "sft"),
+)
+SMOOTHED = ("cdpo", "robust", "exo", "simpo", "cpo")
+# Of those that have another name in TRL and the same formula here.
+TRL_NAMES = {"sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """The objective."""
 
-    loss_type: str = _option("mcpo", "mcpo (listwise, M negatives) or dpo (pairwise)")
+    loss_type: tuple[str, ...] = _option(("mcpo",), f"one or several of {', '.join(LOSS_TYPES)}")
+    loss_weights: tuple[float, ...] = _option((), "of the losses of loss_type; none: 1 each")
+    sft_weight: float = _option(0.0, "weight of the chosen's NLL per token, added to the loss")
+    augmented: bool = _option(
+        False, "contrast the chosen with its whole pool instead of the drawn negatives"
+    )
     beta: float = _option(0.1, "strength of the tie to the reference policy")
+    label_smoothing: float = _option(
+        0.0, f"probability that a preference is wrong, for {', '.join(SMOOTHED)}"
+    )
+    rpo_alpha: float = _option(1.0, "weight of the NLL in rpo")
+    cpo_alpha: float = _option(1.0, "weight of the NLL in cpo")
+    simpo_gamma: float = _option(0.5, "margin of simpo")
+    rating_temperature: float = _option(1.0, "divides the ratings in infonca and nca_rated")
+    baseline_decay: float = _option(
+        0.9, "of the running means in bco and kto; 0: the last step's means"
+    )
 
     def __post_init__(self) -> None:
-        _require(self.beta > 0, "beta must be positive", self.beta)
+        for name in self.loss_type:
+            known = f" ({name} of TRL is {TRL_NAMES[name]} here)" if name in TRL_NAMES else ""
+            rule = f"loss_type must be one of {', '.join(LOSS_TYPES)}{known}"
+            _require(name in LOSS_TYPES, rule, name)
+        rule = "loss_type must name at least one loss, and none twice"
+        _require(0 < len(self.loss_type) == len(set(self.loss_type)), rule, self.loss_type)
+        rule = f"loss_weights must hold one positive number for each of {self.loss_type}, or none"
+        fits = len(self.loss_weights) in (0, len(self.loss_type))
+        _require(fits and all(0 < w < inf for w in self.loss_weights), rule, self.loss_weights)
+        for name in ("sft_weight", "rpo_alpha", "cpo_alpha"):
+            value = getattr(self, name)
+            _require(0 <= value < inf, f"{name} must be 0 or more", value)
+        for name in ("beta", "rating_temperature"):
+            _require(0 < getattr(self, name) < inf, f"{name} must be positive", getattr(self, name))
+        rule = "baseline_decay must be in [0, 1)"
+        _require(0 <= self.baseline_decay < 1, rule, self.baseline_decay)
+        self._check_smoothing()
+        rule = "the NLL is either sft of loss_type or sft_weight: give one"
+        _require("sft" not in self.loss_type or not self.sft_weight, rule, self.sft_weight)
+
+    def _check_smoothing(self) -> None:
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 0.5, "label_smoothing must be in [0, 0.5)", smoothing)
+        rule = "exo needs label_smoothing above 0 (its authors take 1e-3)"
+        _require("exo" not in self.loss_type or smoothing > 0, rule, smoothing)
+        rule = f"label_smoothing is of {', '.join(SMOOTHED)} (dpo with it is cdpo); leave it at 0"
+        smoothed = not set(SMOOTHED).isdisjoint(self.loss_type)
+        _require(smoothed or smoothing == 0, f"{rule} for {', '.join(self.loss_type)}", smoothing)
+
+    @property
+    def weighted(self) -> tuple[tuple[str, float], ...]:
+        """Each loss with its weight, the NLL of ``sft_weight`` last."""
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        nll = (("sft", self.sft_weight),) if self.sft_weight else ()
+        return (*zip(self.loss_type, weights, strict=True), *nll)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,3 +278,17 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        kernel, losses = self.kernel, self.loss.loss_type
+        if "rnce" in losses:
+            rule = "rnce is the listwise loss of negatives drawn uniformly (for others it is mcpo)"
+            _require(kernel.strategy == "random", f"{rule}: strategy must be random", kernel)
+        if "mcpo_unbiased" in losses:
+            rule = (
+                "mcpo_unbiased is unbiased for one way to draw: strategy mc, score log_ratio, "
+                "temperature 1, with several negatives replacement, and not augmented"
+            )
+            drawn = (kernel.strategy, kernel.score, kernel.temperature) == ("mc", "log_ratio", 1.0)
+            apart = kernel.num_negatives == 1 or kernel.replacement
+            _require(drawn and apart and not self.loss.augmented, rule, kernel)

@@ -15,7 +15,7 @@ from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
 from mcpo.prefix_sharing import refuse_if_asked_for
-from mcpo.prepare import load_groups
+from mcpo.prepare import for_losses, load_groups
 from mcpo.recompute import (
     BYTES_PER_PARAMETER,
     activation_bytes,
@@ -29,7 +29,7 @@ from mcpo_kernels.integrations.packable import declared_refusal
 def describe(config: Config, device: torch.device, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
     model_config, tokenizer = load_config(config.model.model_name_or_path)
-    groups = load_groups(config.data, tokenizer, config.run.seed)
+    groups = for_losses(load_groups(config.data, tokenizer, config.run.seed), config)
     console.print(groups.report)
     num_processes = world_size()
     model = without_weights(model_config)

@@ -25,7 +25,7 @@ def identity_of(
     """Flat and ready for JSON; ``weights`` is the hash of the reference's."""
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(f"{group.row_id}/{token_hash(group)}".encode())
+        digest.update(f"{group.row_id}/{token_hash(group)}/{group.ratings}".encode())
     options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
     return {
         "reference weights": weights,
@@ -33,7 +33,12 @@ def identity_of(
         "compute dtype": str(engine.policy.autocast_dtype),
         "number of processes": engine.world_size,
         "seed": config.run.seed,
-        **{name: value for name, value in options.items() if name not in _ONLY_CUTS_THE_WORK},
+        **{
+            # As JSON gives a sequence back.
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in options.items()
+            if name not in _ONLY_CUTS_THE_WORK
+        },
     }
 
 

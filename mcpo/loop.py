@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mcpo.checkpoint import TrainState
 from mcpo.config import Config, OptimConfig
 from mcpo.engine import Engine
 from mcpo.evaluate.groups import evaluate_groups
+from mcpo.losses.baselines import RunningBaselines
 from mcpo.metrics import MetricsFile, Track, peak_memory_mb
 from mcpo.order import rank_share, step_rows, steps_per_epoch
 from mcpo.pack import move, pack, split_by_budget
@@ -42,6 +43,7 @@ class Job:
     total_steps: int
     identity: Mapping[str, Any]
     console: Console
+    baselines: RunningBaselines = field(default_factory=RunningBaselines)
 
     @property
     def output_dir(self) -> Path:
@@ -94,6 +96,8 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
         ),
         num_prompts=len(rows),
         weight=weight,
+        chosen_tokens=sum(len(job.train_groups[row].candidate_ids[0]) for row in rows),
+        baselines=job.baselines.values,
     )
     return work, (step + 1) / steps_per_epoch(num_groups, size)
 
@@ -112,6 +116,7 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
             work, epoch = work_of(job, step)
             metrics = train_step(job.engine, work, job.references, job.config)
             job.schedule.step()
+            job.baselines.update(metrics, job.config.loss.baseline_decay)
             seconds = time.monotonic() - began
             state = TrainState(
                 step=step + 1,
@@ -155,6 +160,7 @@ def save(job: Job, state: TrainState) -> None:
             training={
                 "optimizer": job.engine.optimizer.state_dict(),
                 "schedule": job.schedule.state_dict(),
+                "baselines": job.baselines.state_dict(),
             },
             keep=job.config.run.save_total_limit,
         )

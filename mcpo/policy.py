@@ -221,6 +221,12 @@ def group_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
     return logp_PC.masked_fill(~batch.mask_PC, 0.0)
 
 
+def mismatched_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
+    """[P] the log-probabilities of the mismatched completions of a batch that has them."""
+    assert batch.mismatched_P is not None
+    return logp_S[batch.mismatched_P]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in modules and where attention layers read it."""
     for module in model.modules():

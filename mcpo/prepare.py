@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mcpo.config import DataConfig
+from mcpo.config import Config, DataConfig
 from mcpo.data.mixture import SourceSpec
 from mcpo.data.rows import RowOptions, load_rows
 from mcpo.findings import describe
+from mcpo.losses import LOSSES
+from mcpo.mismatched import with_mismatched
 from mcpo.records import TokenizedGroup
 from mcpo.tokens import TokenConfig, tokenize
 
@@ -54,6 +56,25 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if held_out:
         report += f"\nheld out: {eval_report}"
     return Groups(train=train, held_out=held_out, report=report)
+
+
+def for_losses(groups: Groups, config: Config) -> Groups:
+    """Training groups with what the losses need of them: mismatched completions, for ``kto``.
+
+    Raises:
+        ValueError: a loss needs ratings and a row has none, or ``kto`` has a single row.
+    """
+    for name in config.loss.loss_type:
+        bare = [group.row_id for group in groups.train if group.ratings is None]
+        if LOSSES[name].ratings and bare:
+            raise ValueError(
+                f"{name} needs a score of every completion, or a rank of every one, and "
+                f"{len(bare)} of {len(groups.train)} rows lack them, row {bare[0]!r} first; add "
+                "them to the data, or take a loss without ratings"
+            )
+    if "kto" not in config.loss.loss_type:
+        return groups
+    return replace(groups, train=with_mismatched(groups.train, config.data.max_length))
 
 
 def _refuse_leakage(train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup]) -> None:

@@ -12,9 +12,9 @@ from rich.console import Console
 from mcpo import reference_cache
 from mcpo.config import Config
 from mcpo.engine import Engine
-from mcpo.losses import dpo, loss_named
+from mcpo.losses import loss_named
 from mcpo.pack import move, pack, split_by_budget
-from mcpo.policy import group_logps
+from mcpo.policy import group_logps, mismatched_logps
 from mcpo.prepare import Groups
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
@@ -53,7 +53,9 @@ def reference_logps(
     @torch.no_grad()
     def score(some: Sequence[TokenizedGroup]) -> list[list[float]]:
         batch = move(pack(some, share_prefix=share), engine.device)
-        return reference_cache.unpack(group_logps(engine.policy(batch), batch), batch)
+        logp_S = engine.policy(batch)
+        mismatched_P = None if batch.mismatched_P is None else mismatched_logps(logp_S, batch)
+        return reference_cache.unpack(group_logps(logp_S, batch), batch, mismatched_P)
 
     mine = len(batches[engine.rank :: engine.world_size])
     with progress(console, "reference", mine, quiet=engine.rank != 0) as advance:
@@ -118,7 +120,8 @@ def _self_check(
     rounding: float,
 ) -> None:
     checked = packed_batches(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
-    loss = loss_named(config.loss.loss_type)
+    # What else is minimised, the log-ratios that it is a function of are checked all the same.
+    name = config.loss.loss_type[0] if config.loss.loss_type in (("dpo",), ("mcpo",)) else "mcpo"
     gap = check_reference(
         engine.policy,
         checked,
@@ -126,8 +129,8 @@ def _self_check(
         beta=config.loss.beta,
         rounding=rounding,
         # dpo is a mean over pairs: it contrasts one negative at a time.
-        num_negatives=1 if loss is dpo else config.kernel.num_negatives,
-        loss=lambda scored: loss(scored, config.loss),
+        num_negatives=1 if name == "dpo" else config.kernel.num_negatives,
+        loss=lambda scored: loss_named(name)(scored, config.loss),
     )
     console.print(
         f"self-check passed: log-probs are the model's own but for rounding, {rounding:.1e} nats "

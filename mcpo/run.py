@@ -29,13 +29,12 @@ from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
 from mcpo.loop import Job, count_steps, train
-from mcpo.losses import loss_named
 from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
 from mcpo.optimizer import build_optimizer, build_schedule
 from mcpo.placement import Placement, place
 from mcpo.prefix_sharing import make_policy, settle
-from mcpo.prepare import Groups, load_groups
+from mcpo.prepare import Groups, for_losses, load_groups
 from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import packed_batches, reference_logps
@@ -61,7 +60,6 @@ def run(config: Config) -> None:
         NonFiniteError: a loss or gradient is not finite.
     """
     _be_quiet()
-    loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_impls(config, placement)
     console = Console(quiet=rank() != 0, highlight=False)
@@ -91,7 +89,7 @@ def _run(
 ) -> None:
     began = time.monotonic()
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
-    groups = load_groups(config.data, tokenizer, config.run.seed)
+    groups = for_losses(load_groups(config.data, tokenizer, config.run.seed), config)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
     policy.to(placement.device).train()
@@ -196,6 +194,7 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     training = checkpoint.load_training(folder)
     job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
+    job.baselines.load_state_dict(training["baselines"])
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 

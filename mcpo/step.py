@@ -2,22 +2,23 @@
 
 The loss of a step is the sum over its prompts divided by their number in the whole step, so batch
 size, accumulation, token budget and world size change the schedule of the work and not the update.
+Means over tokens, and what losses of earlier steps left behind, are of whole steps too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mcpo.config import Config
+from mcpo.config import Config, LossConfig
 from mcpo.engine import Engine
-from mcpo.losses import loss_named, rewards
+from mcpo.losses import over_pool, reaches_pool, rewards, terms_of
 from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
-from mcpo.policy import group_logps
-from mcpo.records import PackedBatch, ScoredBatch
+from mcpo.policy import group_logps, mismatched_logps
+from mcpo.records import Baselines, PackedBatch, ScoredBatch
 from mcpo.reference_cache import ReferenceLogps
 
 
@@ -32,27 +33,47 @@ class StepWork:
     """Of the whole step: all micro-batches of all ranks."""
     weight: float = 1.0
     """0 for a rank without prompts in this step, which runs along so that no rank waits for it."""
+    chosen_tokens: int | None = None
+    """Completion tokens of the chosen of the whole step; losses with an NLL need it."""
+    baselines: Baselines = field(default_factory=Baselines)
+    """What ``bco`` and ``kto`` judge rewards against."""
 
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not finite; the message names the rows."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoss:
+    """Stages 4 to 7 of one micro-batch."""
+
+    loss_P: Tensor
+    """The weighted sum of ``terms``."""
+    terms: dict[str, Tensor]
+    """[P] each loss of the sum, by name and without its weight."""
+    scored: ScoredBatch
+    draw: Draw
+    mismatched_P: Tensor | None
+    """[P] log-ratios of mismatched completions, without gradient; None where there are none."""
+
+
 def loss_on_batch(
-    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, step: int
-) -> tuple[Tensor, ScoredBatch, Draw]:
-    """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from."""
+    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, work: StepWork
+) -> BatchLoss:
+    """Stages 4 to 7 on one micro-batch of ``work``."""
     # Made before the forward is queued: a copy to the device behind it would wait for it.
     ref_logp_PC = references.of(batch)
+    ref_mismatched_P = references.mismatched(batch)
     noise_PMC = gumbel_noise(
         config.run.seed,
-        step,
+        work.step,
         batch.row_ids,
         num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
         num_candidates=batch.mask_PC.shape[1],
     ).to(engine.device)
     recompute = engine.policy.recompute_of(batch)
-    logp_PC = group_logps(engine(batch, recompute), batch)
+    logp_S = engine(batch, recompute)
+    logp_PC = group_logps(logp_S, batch)
     score_PC = candidate_scores(
         logp_PC.detach(),
         ref_logp_PC,
@@ -62,7 +83,7 @@ def loss_on_batch(
     )
     draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
     if recompute is not None and engine.policy.recompute != "full":
-        recompute.choose(segments_with_gradient(batch, draw))
+        recompute.choose(segments_with_gradient(batch, draw, pool=reaches_pool(config.loss)))
     scored = ScoredBatch(
         logp_PC=logp_PC,
         ref_logp_PC=ref_logp_PC,
@@ -70,15 +91,32 @@ def loss_on_batch(
         mask_PC=batch.mask_PC,
         negative_PM=draw.negative_PM,
         negative_mask_PM=draw.mask_PM,
+        mean_chosen_length=work.chosen_tokens and work.chosen_tokens / work.num_prompts,
+        rating_PC=batch.rating_PC,
+        baselines=work.baselines,
     )
-    return loss_named(config.loss.loss_type)(scored, config.loss), scored, draw
+    if config.loss.augmented:
+        scored = over_pool(scored)
+    terms = terms_of(config.loss)
+    values = {term.name: term.loss(scored, config.loss) for term in terms}
+    return BatchLoss(
+        loss_P=torch.stack([term.weight * values[term.name] for term in terms]).sum(dim=0),
+        terms=values,
+        scored=scored,
+        draw=draw,
+        mismatched_P=None
+        if ref_mismatched_P is None
+        else mismatched_logps(logp_S.detach(), batch) - ref_mismatched_P,
+    )
 
 
-def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
-    """The chosen and the drawn candidates, the only ones a loss may depend on.
+def segments_with_gradient(batch: PackedBatch, draw: Draw, *, pool: bool = False) -> list[int]:
+    """The chosen and the drawn candidates, or all of them, the only ones a loss may depend on.
 
     Which rows a backward has decides its shapes, so the host waits for the draw here.
     """
+    if pool:
+        return [batch.segment_of_S[seq] for seq in batch.seq_of_PC[batch.mask_PC].tolist()]
     chosen_P1 = batch.seq_of_PC[:, :1]
     drawn_PM = batch.seq_of_PC.gather(1, draw.negative_PM).where(draw.mask_PM, chosen_P1)
     seqs = torch.cat([chosen_P1, drawn_PM], dim=1).flatten().tolist()
@@ -97,10 +135,11 @@ def train_step(
     losses: list[Tensor] = []
     for number, batch in enumerate(work.batches, start=1):
         with engine.micro_step(last=number == len(work.batches)):
-            loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step)
-            engine.backward(loss_P.sum() * (work.weight / work.num_prompts))
-        losses.append(loss_P.detach())
-        for name, value_P in prompt_metrics(loss_P, scored, draw, config.loss.beta).items():
+            found = loss_on_batch(engine, batch, references, config, work)
+            engine.backward(found.loss_P.sum() * (work.weight / work.num_prompts))
+        losses.append(found.loss_P.detach())
+        values = prompt_metrics(found.loss_P, found.scored, found.draw, config.loss.beta)
+        for name, value_P in (values | loss_metrics(found, config.loss)).items():
             total = value_P.detach().double().sum() * work.weight
             totals[name] = totals.get(name, torch.zeros_like(total)) + total
     grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -142,6 +181,20 @@ def prompt_metrics(
         "mc/ess": draw.ess_P,
         "mc/drawn_rank": (draw.rank_PM * draw.mask_PM).sum(dim=1) / draw.mask_PM.sum(dim=1),
     }
+
+
+def loss_metrics(found: BatchLoss, config: LossConfig) -> dict[str, Tensor]:
+    """[P] values that only some losses have: the terms of a sum, and what rewards are judged by."""
+    values: dict[str, Tensor] = {}
+    if len(found.terms) > 1:
+        values |= {f"loss/{name}": term_P for name, term_P in found.terms.items()}
+    baselines = found.scored.baselines
+    if "bco" in found.terms:
+        values["bco/delta"] = torch.full_like(found.loss_P, baselines.delta)
+    if found.mismatched_P is not None:
+        values["kto/mismatched"] = config.beta * found.mismatched_P
+        values["kto/z0"] = torch.full_like(found.loss_P, baselines.z0)
+    return values
 
 
 def reduce_means(engine: Engine, totals: dict[str, Tensor], num_prompts: int) -> dict[str, float]:

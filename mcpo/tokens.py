@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def tokenize(
     for begin in range(0, len(rows), _ROWS_PER_CALL):
         some = rows[begin : begin + _ROWS_PER_CALL]
         for row, encoded in zip(some, encode(some, encoder, tally), strict=True):
-            group = _group(row.row_id, encoded, config, tally)
+            group = _group(row, encoded, config, tally)
             if group is not None:
                 groups.append(_sharing_ids(group, known))
     findings = tally.findings()
@@ -103,27 +103,35 @@ def tokenize(
 def token_hash(group: TokenizedGroup) -> str:
     """SHA-256 over the ids of a group and their borders: the same hash, the same tokens."""
     digest = hashlib.sha256()
-    for ids in (group.prompt_ids, *group.candidate_ids):
+    for ids in (group.prompt_ids, *group.scored_ids):
         digest.update(np.array((len(ids), *ids), dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
+class _Completion(NamedTuple):
+    """A completion and its place among the candidates of its row."""
+
+    place: int
+    ids: tuple[int, ...]
+
+
 def _group(
-    row_id: str, encoded: EncodedRow, config: TokenConfig, tally: Tally
+    row: CandidateRow, encoded: EncodedRow, config: TokenConfig, tally: Tally
 ) -> TokenizedGroup | None:
     """The group of one row within the limits, or None where nothing can be learnt from it."""
+    row_id = row.row_id
     if not encoded.prompt_ids:
         tally.add("empty_prompt", row_id)
         return None
     if encoded.completion_ids[0] is None:
         tally.add("empty_chosen", row_id)
         return None
-    completions: list[tuple[int, ...]] = []
-    for ids in encoded.completion_ids:
+    completions: list[_Completion] = []
+    for place, ids in enumerate(encoded.completion_ids):
         if ids is None:
             tally.add("empty_completion", row_id)
         else:
-            completions.append(ids)
+            completions.append(_Completion(place, ids))
     fitted = _fit(row_id, encoded.prompt_ids, completions, config, tally)
     if fitted is None:
         return None
@@ -131,7 +139,25 @@ def _group(
     rivals = _distinct_rivals(row_id, chosen, pool, tally)
     if not rivals:
         return None
-    return TokenizedGroup(row_id=row_id, prompt_ids=prompt_ids, candidate_ids=(chosen, *rivals))
+    ratings = row_ratings(row)
+    return TokenizedGroup(
+        row_id=row_id,
+        prompt_ids=prompt_ids,
+        candidate_ids=(chosen.ids, *(rival.ids for rival in rivals)),
+        ratings=ratings and tuple(ratings[one.place] for one in (chosen, *rivals)),
+    )
+
+
+def row_ratings(row: CandidateRow) -> tuple[float, ...] | None:
+    """A number for each candidate, larger for better ones: its score, or else minus its rank.
+
+    None unless every candidate has a score or every one a rank.
+    """
+    scores = [one.score for one in row.candidates if one.score is not None]
+    if len(scores) == len(row.candidates):
+        return tuple(scores)
+    ranks = [-one.rank for one in row.candidates if one.rank is not None]
+    return tuple(ranks) if len(ranks) == len(row.candidates) else None
 
 
 def _sharing_ids(group: TokenizedGroup, known: dict[int, int]) -> TokenizedGroup:
@@ -149,16 +175,18 @@ def _sharing_ids(group: TokenizedGroup, known: dict[int, int]) -> TokenizedGroup
 
 
 def _distinct_rivals(
-    row_id: str, chosen: tuple[int, ...], pool: list[tuple[int, ...]], tally: Tally
-) -> list[tuple[int, ...]]:
+    row_id: str, chosen: _Completion, pool: list[_Completion], tally: Tally
+) -> list[_Completion]:
     """Rivals that differ from the chosen one and from one another, which cutting may undo."""
-    others = [ids for ids in pool if ids != chosen]
+    others = [rival for rival in pool if rival.ids != chosen.ids]
     if not others:
         tally.add("all_identical" if pool else "empty_pool", row_id)
         return []
     for _ in range(len(pool) - len(others)):
         tally.add("same_as_chosen", row_id)
-    rivals = list(dict.fromkeys(others))
+    # Read backwards, so that of equals the first stays; in the order they came.
+    first = {rival.ids: rival for rival in reversed(others)}
+    rivals = [rival for rival in others if first[rival.ids] is rival]
     for _ in range(len(others) - len(rivals)):
         tally.add("same_as_rival", row_id)
     return rivals
@@ -167,17 +195,17 @@ def _distinct_rivals(
 def _fit(
     row_id: str,
     prompt_ids: tuple[int, ...],
-    completions: list[tuple[int, ...]],
+    completions: list[_Completion],
     config: TokenConfig,
     tally: Tally,
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
+) -> tuple[tuple[int, ...], list[_Completion]] | None:
     """Prompt and completions within the limits, the chosen one still first; None drops the row."""
     # When the prompt is what gives way, a completion only has to leave it one token.
     if config.max_length is not None and config.too_long == "truncate_prompt":
         fitted = _fit_completions(row_id, completions, config.max_length - 1, config, tally)
         if fitted is None:
             return None
-        prompt = _fit_prompt(row_id, prompt_ids, max(map(len, fitted)), config, tally)
+        prompt = _fit_prompt(row_id, prompt_ids, max(len(one.ids) for one in fitted), config, tally)
         return None if prompt is None else (prompt, fitted)
     prompt = _fit_prompt(row_id, prompt_ids, 1, config, tally)
     if prompt is None:
@@ -215,16 +243,17 @@ def _fit_prompt(
 
 def _fit_completions(
     row_id: str,
-    completions: list[tuple[int, ...]],
+    completions: list[_Completion],
     room: int,
     config: TokenConfig,
     tally: Tally,
-) -> list[tuple[int, ...]] | None:
+) -> list[_Completion] | None:
     """Completions of at most ``room`` tokens, cut or dropped; None if the chosen one is dropped."""
-    fitted: list[tuple[int, ...]] = []
-    for index, ids in enumerate(completions):
+    fitted: list[_Completion] = []
+    for one in completions:
+        place, ids = one
         if len(ids) <= room:
-            fitted.append(ids)
+            fitted.append(one)
         elif config.too_long == "error":
             raise ValueError(
                 f"row {row_id!r} has a completion of {len(ids)} tokens where its prompt leaves "
@@ -233,8 +262,8 @@ def _fit_completions(
             )
         elif config.too_long == "truncate_completion":
             tally.add("truncated_completion", row_id)
-            fitted.append(ids[:room])
-        elif index == 0:
+            fitted.append(_Completion(place, ids[:room]))
+        elif place == 0:
             tally.add("chosen_too_long", row_id)
             return None
         else:
