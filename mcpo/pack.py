@@ -73,6 +73,8 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
         seq_of_PC=seq_of_PC,
         mask_PC=mask_PC,
         length_PC=length_PC,
+        external_score_PC=_external_scores(groups, mask_PC),
+        columns=tuple(group.columns or tuple(range(group.num_candidates)) for group in groups),
     )
 
 
@@ -88,6 +90,7 @@ def move(batch: PackedBatch, device: torch.device | str) -> PackedBatch:
         seq_of_PC=batch.seq_of_PC.to(device),
         mask_PC=batch.mask_PC.to(device),
         length_PC=batch.length_PC.to(device),
+        external_score_PC=batch.external_score_PC.to(device),
     )
 
 
@@ -168,6 +171,15 @@ def _grid(groups: Sequence[TokenizedGroup], length_S: Tensor) -> tuple[Tensor, T
     length_PC = torch.ones(mask_PC.shape, dtype=torch.int64)
     length_PC[mask_PC] = length_S
     return seq_of_PC, mask_PC, length_PC
+
+
+def _external_scores(groups: Sequence[TokenizedGroup], mask_PC: Tensor) -> Tensor:
+    """``external_score_PC``."""
+    score_PC = torch.full(mask_PC.shape, torch.nan)
+    for row_C, group in zip(score_PC, groups, strict=True):
+        known = [torch.nan if score is None else score for score in group.scores]
+        row_C[: len(known)] = torch.tensor(known)
+    return score_PC
 
 
 def _flat(runs: Sequence[tuple[int, ...]]) -> Tensor:

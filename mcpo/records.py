@@ -7,7 +7,8 @@ Candidate 0 is always the chosen one; candidates 1.. are the dispreferred pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -64,11 +65,24 @@ class TokenizedGroup:
     prompt_ids: tuple[int, ...]
     candidate_ids: tuple[tuple[int, ...], ...]
     """Completion tokens only; candidate 0 is the chosen one; none is empty."""
+    scores: tuple[float | None, ...] = ()
+    """What the row says of each candidate, larger is better; () where it says nothing at all."""
+    columns: tuple[int, ...] = ()
+    """Which candidates of the row these are, where they are not all; () where they are."""
 
     @property
     def num_candidates(self) -> int:
         """The chosen completion and its pool."""
         return len(self.candidate_ids)
+
+    def only(self, columns: Sequence[int]) -> TokenizedGroup:
+        """The same row with some of its candidates; column 0 must come first."""
+        return replace(
+            self,
+            candidate_ids=tuple(self.candidate_ids[column] for column in columns),
+            scores=tuple(self.scores[column] for column in columns) if self.scores else (),
+            columns=tuple(columns),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +117,10 @@ class PackedBatch:
     """[P, C] bool, False where a prompt has fewer than C candidates."""
     length_PC: Tensor
     """[P, C] int64, completion tokens of each candidate; 1 where ``mask_PC`` is False."""
+    external_score_PC: Tensor
+    """[P, C] float32, the scores of the rows; NaN where a row has none."""
+    columns: tuple[tuple[int, ...], ...]
+    """Of each prompt the candidates that these are, in its row."""
 
     @property
     def num_prompts(self) -> int:

@@ -15,7 +15,13 @@ from torch import Tensor
 from mcpo.config import Config
 from mcpo.engine import Engine
 from mcpo.losses import loss_named, rewards
-from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
+from mcpo.mc_kernel import (
+    Draw,
+    candidate_scores,
+    draws_needed,
+    gumbel_noise,
+    sample_negatives,
+)
 from mcpo.policy import group_logps
 from mcpo.records import PackedBatch, ScoredBatch
 from mcpo.reference_cache import ReferenceLogps
@@ -48,7 +54,7 @@ def loss_on_batch(
         config.run.seed,
         step,
         batch.row_ids,
-        num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
+        num_draws=draws_needed(config.kernel),
         num_candidates=batch.mask_PC.shape[1],
     ).to(engine.device)
     recompute = engine.policy.recompute_of(batch)
@@ -59,6 +65,7 @@ def loss_on_batch(
         batch.length_PC,
         score=config.kernel.score,
         beta=config.loss.beta,
+        external_PC=batch.external_score_PC,
     )
     draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
     if recompute is not None and engine.policy.recompute != "full":
@@ -140,7 +147,9 @@ def prompt_metrics(
         "logps/chosen": scored.logp_PC[:, 0],
         "logps/rejected": drawn_mean(scored.logp_PC),
         "mc/ess": draw.ess_P,
+        "mc/entropy": draw.entropy_P,
         "mc/drawn_rank": (draw.rank_PM * draw.mask_PM).sum(dim=1) / draw.mask_PM.sum(dim=1),
+        **draw.chain,
     }
 
 
