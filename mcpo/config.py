@@ -83,6 +83,13 @@ class DataConfig:
         "error", "whether a row that cannot be read stops the run or is counted"
     )
     nectar_drop_second: bool = _option(True, "leave out Nectar's rank 2, as the paper does")
+    drop_top_k: int = _option(0, "best ranked candidates left out of each pool trained on")
+    max_pool_size: int | None = _option(
+        None, "candidates kept of each pool trained on, drawn by seed and row id; unset: all"
+    )
+    noise_candidate: Literal["none", "add", "only"] = _option(
+        "none", "the chosen one with two tokens switched: add it to each pool, or train on it only"
+    )
     max_length: int | None = _option(1024, "most tokens of a prompt with one completion")
     max_prompt_length: int | None = _option(None, "most tokens of a prompt")
     too_long: Literal["drop", "truncate_completion", "truncate_prompt", "error"] = _option(
@@ -96,9 +103,19 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+        for name, least in (
+            ("max_length", 2),
+            ("max_prompt_length", 1),
+            ("max_pool_size", 1),
+        ):
             value = getattr(self, name)
             _require(value is None or value >= least, f"{name} must be at least {least}", value)
+        _require(self.drop_top_k >= 0, "drop_top_k must be 0 or more", self.drop_top_k)
+        _require(
+            self.noise_candidate != "only" or (self.drop_top_k, self.max_pool_size) == (0, None),
+            "noise_candidate: only replaces the pool, and needs drop_top_k and max_pool_size unset",
+            (self.drop_top_k, self.max_pool_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from mcpo_kernels.integrations.packable import declared_refusal
 def describe(config: Config, device: torch.device, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
     model_config, tokenizer = load_config(config.model.model_name_or_path)
-    groups = load_groups(config.data, tokenizer, config.run.seed)
+    groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
     console.print(groups.report)
     num_processes = world_size()
     model = without_weights(model_config)

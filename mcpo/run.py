@@ -91,7 +91,7 @@ def _run(
 ) -> None:
     began = time.monotonic()
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
-    groups = load_groups(config.data, tokenizer, config.run.seed)
+    groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
     policy.to(placement.device).train()
