@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config
 from mcpo.engine import local_world_size, world_size
+from mcpo.lazy_chains import largest_visit
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
@@ -40,8 +41,9 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         config = replace(config, model=replace(config.model, prefix_sharing="off"))
         how = f"one sequence per row: {refusal}"
     share = config.model.shares_prefixes
-    tokens = [packed_length(group, share) for group in groups.train]
-    unshared = [packed_length(group, False) for group in groups.train]
+    visited = [largest_visit(group, config.kernel) for group in groups.train]
+    tokens = [packed_length(group, share) for group in visited]
+    unshared = [packed_length(group, False) for group in visited]
     steps = count_steps(config.optim, len(groups.train), num_processes)
     per_step = groups_per_step(config.optim, num_processes)
     num_parameters = model.num_parameters()

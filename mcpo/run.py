@@ -28,6 +28,7 @@ from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
+from mcpo.lazy_chains import LazyChains
 from mcpo.loop import Job, count_steps, train
 from mcpo.losses import loss_named
 from mcpo.metrics import Track, tracker
@@ -144,6 +145,10 @@ def _prepare(
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
+    references = reference_logps(
+        engine, groups, config, console, weights=weights, rounding=rounding
+    )
+    lazy = config.kernel.scoring == "lazy"
     job = Job(
         config=config,
         engine=engine,
@@ -151,12 +156,11 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(
-            engine, groups, config, console, weights=weights, rounding=rounding
-        ),
+        references=references,
         total_steps=total_steps,
         identity=identity,
         console=console,
+        chains=LazyChains(groups.train, references, config) if lazy else None,
     )
     return job, found, track
 
@@ -196,6 +200,8 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     training = checkpoint.load_training(folder)
     job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
+    if job.chains:
+        job.chains.load_state_dict(training["chains"])
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 

@@ -6,22 +6,27 @@ size, accumulation, token budget and world size change the schedule of the work 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mcpo.config import Config
 from mcpo.engine import Engine
+from mcpo.lazy_chains import LazyChains
 from mcpo.losses import loss_named, rewards
 from mcpo.mc_kernel import (
     Draw,
+    LazyBatch,
     candidate_scores,
     draws_needed,
     gumbel_noise,
+    lazy_draw,
     sample_negatives,
 )
+from mcpo.mc_kernel.lazy import audit, with_fresh
 from mcpo.policy import group_logps
 from mcpo.records import PackedBatch, ScoredBatch
 from mcpo.reference_cache import ReferenceLogps
@@ -38,6 +43,12 @@ class StepWork:
     """Of the whole step: all micro-batches of all ranks."""
     weight: float = 1.0
     """0 for a rank without prompts in this step, which runs along so that no rank waits for it."""
+    rows: tuple[int, ...] = ()
+    """The groups of the whole step, by number."""
+    visits: tuple[LazyBatch, ...] = ()
+    """With ``scoring: lazy``, what the chains bring to each of ``batches``."""
+    audits: tuple[tuple[PackedBatch, LazyBatch], ...] = ()
+    """The same prompts with all their candidates, where this step is one to audit."""
 
 
 class NonFiniteError(RuntimeError):
@@ -45,29 +56,34 @@ class NonFiniteError(RuntimeError):
 
 
 def loss_on_batch(
-    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, step: int
+    engine: Engine,
+    batch: PackedBatch,
+    references: ReferenceLogps,
+    config: Config,
+    step: int,
+    lazy: LazyBatch | None = None,
 ) -> tuple[Tensor, ScoredBatch, Draw]:
-    """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from."""
+    """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from.
+
+    ``lazy`` is what the chains bring to it, where they chose its candidates.
+    """
     # Made before the forward is queued: a copy to the device behind it would wait for it.
     ref_logp_PC = references.of(batch)
-    noise_PMC = gumbel_noise(
-        config.run.seed,
-        step,
-        batch.row_ids,
-        num_draws=draws_needed(config.kernel),
-        num_candidates=batch.mask_PC.shape[1],
-    ).to(engine.device)
+    if lazy is None:
+        noise_PDC = gumbel_noise(
+            config.run.seed,
+            step,
+            batch.row_ids,
+            num_draws=draws_needed(config.kernel),
+            num_candidates=batch.mask_PC.shape[1],
+        ).to(engine.device)
+        draw_from = partial(sample_negatives, config=config.kernel, noise_PDC=noise_PDC)
+    else:
+        draw_from = partial(lazy_draw, lazy=lazy, config=config.kernel)
     recompute = engine.policy.recompute_of(batch)
     logp_PC = group_logps(engine(batch, recompute), batch)
-    score_PC = candidate_scores(
-        logp_PC.detach(),
-        ref_logp_PC,
-        batch.length_PC,
-        score=config.kernel.score,
-        beta=config.loss.beta,
-        external_PC=batch.external_score_PC,
-    )
-    draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
+    score_PC = _scores(batch, logp_PC, ref_logp_PC, config)
+    draw = draw_from(score_PC, batch.mask_PC)
     if recompute is not None and engine.policy.recompute != "full":
         recompute.choose(segments_with_gradient(batch, draw))
     scored = ScoredBatch(
@@ -79,6 +95,18 @@ def loss_on_batch(
         negative_mask_PM=draw.mask_PM,
     )
     return loss_named(config.loss.loss_type)(scored, config.loss), scored, draw
+
+
+def _scores(batch: PackedBatch, logp_PC: Tensor, ref_logp_PC: Tensor, config: Config) -> Tensor:
+    """[P, C] what draws weigh, without gradient."""
+    return candidate_scores(
+        logp_PC.detach(),
+        ref_logp_PC,
+        batch.length_PC,
+        score=config.kernel.score,
+        beta=config.loss.beta,
+        external_PC=batch.external_score_PC,
+    )
 
 
 def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
@@ -93,29 +121,41 @@ def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
 
 
 def train_step(
-    engine: Engine, work: StepWork, references: ReferenceLogps, config: Config
+    engine: Engine,
+    work: StepWork,
+    references: ReferenceLogps,
+    config: Config,
+    chains: LazyChains | None = None,
 ) -> dict[str, float]:
     """Forward, backward, clip and update; returns the step's metrics, equal on every rank.
+
+    ``chains`` are moved, where there are any, once the weights are.
 
     Raises:
         NonFiniteError: before the update, so that the weights stay as they were.
     """
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
+    for batch, lazy in work.audits:
+        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work)
     for number, batch in enumerate(work.batches, start=1):
+        lazy = work.visits[number - 1] if work.visits else None
         with engine.micro_step(last=number == len(work.batches)):
-            loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step)
+            loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step, lazy)
             engine.backward(loss_P.sum() * (work.weight / work.num_prompts))
         losses.append(loss_P.detach())
-        for name, value_P in prompt_metrics(loss_P, scored, draw, config.loss.beta).items():
-            total = value_P.detach().double().sum() * work.weight
-            totals[name] = totals.get(name, torch.zeros_like(total)) + total
+        _add(totals, prompt_metrics(loss_P, scored, draw, config.loss.beta), work)
+        if chains and lazy and work.weight:
+            score_PC = _scores(batch, scored.logp_PC, scored.ref_logp_PC, config)
+            chains.note(batch, score_PC, lazy.column_PC.gather(1, draw.negative_PM))
     grad_norm = torch.nn.utils.clip_grad_norm_(
         engine.policy.parameters(), config.optim.max_grad_norm
     )
     _check_finite(losses, grad_norm, work)
     engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
+    if chains:
+        chains.agree(engine, work.rows, work.step)
     metrics = reduce_means(engine, totals, work.num_prompts)
     tokens = torch.tensor(
         sum(batch.layout.num_tokens for batch in work.batches) * work.weight, device=engine.device
@@ -125,6 +165,31 @@ def train_step(
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         "num_tokens": float(engine.sum(tokens)),
     }
+
+
+def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], work: StepWork) -> None:
+    """Sum over the prompts of a batch, onto the sums so far."""
+    for name, value_P in metrics.items():
+        total = value_P.detach().double().sum() * work.weight
+        totals[name] = totals.get(name, torch.zeros_like(total)) + total
+
+
+@torch.no_grad()
+def _audit(
+    engine: Engine,
+    batch: PackedBatch,
+    lazy: LazyBatch,
+    references: ReferenceLogps,
+    config: Config,
+    chains: LazyChains | None,
+    work: StepWork,
+) -> dict[str, Tensor]:
+    """Score whole pools once, compare the lazy kernel with the full one, and keep the scores."""
+    logp_PC = group_logps(engine.policy(batch), batch)
+    score_PC = _scores(batch, logp_PC, references.of(batch), config)
+    if chains and work.weight:
+        chains.note(batch, score_PC, lazy.state_PM)
+    return audit(lazy, with_fresh(lazy, score_PC, batch.mask_PC), config.kernel)
 
 
 def prompt_metrics(
