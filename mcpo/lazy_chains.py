@@ -139,7 +139,9 @@ class LazyChains:
         fresh_PF = noted[:, num_F : 2 * num_F] > 0
         self._known_GF[row_P] = noted[:, :num_F].where(fresh_PF, self._known_GF[row_P])
         self._seen_GF[row_P] = self._seen_GF[row_P].masked_fill(fresh_PF, step)
-        self._state_GM[row_P] = noted[:, 2 * num_F :].long()
+        state_PM = noted[:, 2 * num_F :].long()
+        # No chain stands in the chosen one: 0 is a row that nobody met.
+        self._state_GM[row_P] = state_PM.where(state_PM > 0, self._state_GM[row_P])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
