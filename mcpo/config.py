@@ -84,6 +84,13 @@ class DataConfig:
         "error", "whether a row that cannot be read stops the run or is counted"
     )
     nectar_drop_second: bool = _option(True, "leave out Nectar's rank 2, as the paper does")
+    drop_top_k: int = _option(0, "best ranked candidates left out of each pool trained on")
+    max_pool_size: int | None = _option(
+        None, "candidates kept of each pool trained on, drawn by seed and row id; unset: all"
+    )
+    noise_candidate: Literal["none", "add", "only"] = _option(
+        "none", "the chosen one with two tokens switched: add it to each pool, or train on it only"
+    )
     max_length: int | None = _option(1024, "most tokens of a prompt with one completion")
     max_prompt_length: int | None = _option(None, "most tokens of a prompt")
     too_long: Literal["drop", "truncate_completion", "truncate_prompt", "error"] = _option(
@@ -97,9 +104,19 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+        for name, least in (
+            ("max_length", 2),
+            ("max_prompt_length", 1),
+            ("max_pool_size", 1),
+        ):
             value = getattr(self, name)
             _require(value is None or value >= least, f"{name} must be at least {least}", value)
+        _require(self.drop_top_k >= 0, "drop_top_k must be 0 or more", self.drop_top_k)
+        _require(
+            self.noise_candidate != "only" or (self.drop_top_k, self.max_pool_size) == (0, None),
+            "noise_candidate: only replaces the pool, and needs drop_top_k and max_pool_size unset",
+            (self.drop_top_k, self.max_pool_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,16 +126,103 @@ class KernelConfig:
     strategy: Literal["mc", "max", "min", "random"] = _option(
         "mc", "draw by softmax of the scores, take the best or worst scored, or draw uniformly"
     )
-    score: Literal["log_ratio", "logp_scaled", "logp", "mean_logp"] = _option(
-        "log_ratio", "beta*(logp-ref), beta*logp, logp, or logp per token"
+    score: Literal["log_ratio", "logp_scaled", "logp", "mean_logp", "external"] = _option(
+        "log_ratio", "beta*(logp-ref), beta*logp, logp, logp per token, or the scores of the rows"
     )
     num_negatives: int = _option(1, "negatives drawn per prompt (M)")
     replacement: bool = _option(False, "draw with replacement")
     temperature: float = _option(1.0, "divides the scores before the softmax")
+    sampling: Literal["dynamic", "static"] = _option(
+        "dynamic", "draw at every step, or once when the data is built and train on that alone"
+    )
+    chain: Literal["none", "subset", "metropolis"] = _option(
+        "none", "draw from the whole pool at once, or by a chain of small steps over it"
+    )
+    chain_steps: int = _option(1, "steps of a chain, or proposals of a lazy one, at each draw")
+    proposals_per_step: int = _option(1, "candidates beside the state in a step of chain: subset")
+    scoring: Literal["full", "lazy"] = _option(
+        "full", "score the whole pool at every step, or what a persistent chain asks for"
+    )
+    lazy_audit_steps: int = _option(
+        0, "steps between full scorings that a lazy chain is compared with; 0: none"
+    )
 
     def __post_init__(self) -> None:
-        _require(self.num_negatives >= 1, "num_negatives must be at least 1", self.num_negatives)
+        for name in ("num_negatives", "chain_steps", "proposals_per_step"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         _require(self.temperature > 0, "temperature must be positive", self.temperature)
+        _require(
+            self.lazy_audit_steps >= 0, "lazy_audit_steps must be 0 or more", self.lazy_audit_steps
+        )
+        self._check_chain()
+        self._check_lazy()
+        self._check_static()
+
+    @property
+    def runs_chains(self) -> bool:
+        """Whether negatives are states of chains."""
+        return self.chain != "none" or self.scoring == "lazy"
+
+    def _check_chain(self) -> None:
+        _require(
+            self.runs_chains or self.chain_steps == 1,
+            "chain_steps above 1 needs chain: subset or metropolis, or scoring: lazy (a draw from "
+            "the whole pool forgets its state, so more of them change nothing)",
+            self.chain_steps,
+        )
+        _require(
+            self.chain == "subset" or self.proposals_per_step == 1,
+            "proposals_per_step above 1 needs chain: subset",
+            f"chain: {self.chain}",
+        )
+        if not self.runs_chains:
+            return
+        _require(
+            self.strategy == "mc",
+            "a chain needs strategy: mc, the only one that draws by weights",
+            self.strategy,
+        )
+        _require(
+            self.num_negatives == 1 or self.replacement,
+            "several negatives from chains need replacement: true, for chains may meet; negatives",
+            self.num_negatives,
+        )
+
+    def _check_lazy(self) -> None:
+        if self.scoring == "full":
+            _require(
+                self.lazy_audit_steps == 0,
+                "lazy_audit_steps needs scoring: lazy",
+                self.lazy_audit_steps,
+            )
+            return
+        _require(
+            self.chain != "subset",
+            "scoring: lazy is a metropolis chain and needs chain: none or metropolis",
+            self.chain,
+        )
+        _require(
+            self.score != "external",
+            "scoring: lazy needs a score that the policy changes; scores of the rows are known "
+            "without a forward",
+            self.score,
+        )
+
+    def _check_static(self) -> None:
+        if self.sampling == "dynamic":
+            return
+        _require(
+            self.strategy == "random" or self.score == "external",
+            "sampling: static draws before the policy has scored anything, and needs strategy: "
+            "random, or score: external; strategy and score",
+            (self.strategy, self.score),
+        )
+        _require(not self.replacement, "sampling: static needs replacement: false", True)
+        _require(
+            not self.runs_chains,
+            "sampling: static draws once, and needs chain: none and scoring: full",
+            (self.chain, self.scoring),
+        )
 
 
 # Here, without torch, so that a misspelt name answers at once; mcpo/losses/names.py has the losses.

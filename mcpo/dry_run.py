@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config
 from mcpo.engine import local_world_size, world_size
+from mcpo.lazy_chains import largest_visit
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
@@ -29,7 +30,8 @@ from mcpo_kernels.integrations.packable import declared_refusal
 def describe(config: Config, device: torch.device, console: Console) -> None:
     """Print rows, tokens, steps and memory."""
     model_config, tokenizer = load_config(config.model.model_name_or_path)
-    groups = for_losses(load_groups(config.data, tokenizer, config.run.seed), config)
+    groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
+    groups = for_losses(groups, config)
     console.print(groups.report)
     num_processes = world_size()
     model = without_weights(model_config)
@@ -40,8 +42,9 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         config = replace(config, model=replace(config.model, prefix_sharing="off"))
         how = f"one sequence per row: {refusal}"
     share = config.model.shares_prefixes
-    tokens = [packed_length(group, share) for group in groups.train]
-    unshared = [packed_length(group, False) for group in groups.train]
+    visited = [largest_visit(group, config.kernel) for group in groups.train]
+    tokens = [packed_length(group, share) for group in visited]
+    unshared = [packed_length(group, False) for group in visited]
     steps = count_steps(config.optim, len(groups.train), num_processes)
     per_step = groups_per_step(config.optim, num_processes)
     num_parameters = model.num_parameters()

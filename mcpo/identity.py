@@ -16,6 +16,7 @@ from mcpo.engine import Engine
 from mcpo.records import TokenizedGroup
 from mcpo.tokens import token_hash
 
+_POOLS = ("drop_top_k", "max_pool_size", "noise_candidate")
 _ONLY_CUTS_THE_WORK = ("max_tokens_per_micro_batch",)
 
 
@@ -25,7 +26,7 @@ def identity_of(
     """Flat and ready for JSON; ``weights`` is the hash of the reference's."""
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(f"{group.row_id}/{token_hash(group)}/{group.ratings}".encode())
+        digest.update(f"{group.row_id}/{token_hash(group)}/{group.scores}".encode())
     options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
     return {
         "reference weights": weights,
@@ -33,6 +34,8 @@ def identity_of(
         "compute dtype": str(engine.policy.autocast_dtype),
         "number of processes": engine.world_size,
         "seed": config.run.seed,
+        # In the hash of the data too; named, so that a message says what to restore.
+        **{name: getattr(config.data, name) for name in _POOLS},
         **{
             # As JSON gives a sequence back.
             name: list(value) if isinstance(value, tuple) else value

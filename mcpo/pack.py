@@ -56,7 +56,7 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
 
     Raises:
         ValueError: no groups, or a group with an empty prompt, an empty candidate or no candidates,
-            with ratings of another number, or unlike the others in having a mismatched completion.
+            with scores of another number, or unlike the others in having a mismatched completion.
     """
     _check(groups)
     segments = _shared_segments(groups) if share_prefix else _separate_segments(groups)
@@ -76,8 +76,9 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
         seq_of_PC=seq_of_PC,
         mask_PC=mask_PC,
         length_PC=length_PC,
-        rating_PC=_ratings(groups, mask_PC),
+        external_score_PC=_external_scores(groups, mask_PC),
         mismatched_P=_mismatched(groups),
+        columns=tuple(group.columns or tuple(range(group.num_candidates)) for group in groups),
     )
 
 
@@ -93,7 +94,7 @@ def move(batch: PackedBatch, device: torch.device | str) -> PackedBatch:
         seq_of_PC=batch.seq_of_PC.to(device),
         mask_PC=batch.mask_PC.to(device),
         length_PC=batch.length_PC.to(device),
-        rating_PC=None if batch.rating_PC is None else batch.rating_PC.to(device),
+        external_score_PC=batch.external_score_PC.to(device),
         mismatched_P=None if batch.mismatched_P is None else batch.mismatched_P.to(device),
     )
 
@@ -180,14 +181,13 @@ def _grid(groups: Sequence[TokenizedGroup], length_S: Tensor) -> tuple[Tensor, T
     return seq_of_PC, mask_PC, length_PC
 
 
-def _ratings(groups: Sequence[TokenizedGroup], mask_PC: Tensor) -> Tensor | None:
-    """``rating_PC``."""
-    known = [group.ratings for group in groups if group.ratings is not None]
-    if len(known) < len(groups):
-        return None
-    rating_PC = torch.zeros(mask_PC.shape, dtype=torch.float64)
-    rating_PC[mask_PC] = torch.tensor(list(chain.from_iterable(known)), dtype=torch.float64)
-    return rating_PC
+def _external_scores(groups: Sequence[TokenizedGroup], mask_PC: Tensor) -> Tensor:
+    """``external_score_PC``."""
+    score_PC = torch.full(mask_PC.shape, torch.nan, dtype=torch.float64)
+    for row_C, group in zip(score_PC, groups, strict=True):
+        known = [torch.nan if score is None else score for score in group.scores]
+        row_C[: len(known)] = torch.tensor(known, dtype=torch.float64)
+    return score_PC
 
 
 def _mismatched(groups: Sequence[TokenizedGroup]) -> Tensor | None:
@@ -222,10 +222,10 @@ def _check(groups: Sequence[TokenizedGroup]) -> None:
                 f"row {group.row_id!r} must hold candidates of at least one token each, got "
                 f"lengths {[len(ids) for ids in group.candidate_ids]}"
             )
-        if group.ratings is not None and len(group.ratings) != group.num_candidates:
+        if group.scores and len(group.scores) != group.num_candidates:
             raise ValueError(
-                f"row {group.row_id!r} must have one rating for each of its {group.num_candidates} "
-                f"candidates, got {len(group.ratings)}"
+                f"row {group.row_id!r} must have one score, or None, for each of its "
+                f"{group.num_candidates} candidates, got {len(group.scores)}"
             )
         if (group.mismatched_ids is None) != (groups[0].mismatched_ids is None):
             raise ValueError(

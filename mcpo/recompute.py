@@ -26,6 +26,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config, ModelConfig
+from mcpo.lazy_chains import largest_visit, most_visited
 from mcpo.pack import packed_length
 from mcpo.records import TokenizedGroup
 from mcpo_kernels.integrations.transformers import checkpointed_layers
@@ -77,7 +78,13 @@ def resolve_recompute(
         checkpointed_layers(model)
     except ValueError as error:
         return Recompute("none", f"auto: {error}")
-    share = share_with_gradient(groups, config.kernel.num_negatives, config.model.shares_prefixes)
+    kernel = config.kernel
+    share = share_with_gradient(
+        groups,
+        kernel.num_negatives,
+        config.model.shares_prefixes,
+        num_scored=most_visited(kernel) if kernel.scoring == "lazy" else None,
+    )
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
     fits, sizes = _fits(plenty, config, groups, model, memory)
     if not fits:
@@ -130,7 +137,10 @@ def asked_mode(config: ModelConfig) -> str:
 
 def largest_micro_batch(config: Config, groups: Sequence[TokenizedGroup]) -> int:
     """Packed tokens of the largest micro-batch there can be."""
-    tokens = sorted(packed_length(group, config.model.shares_prefixes) for group in groups)
+    tokens = sorted(
+        packed_length(largest_visit(group, config.kernel), config.model.shares_prefixes)
+        for group in groups
+    )
     return min(
         max(config.optim.max_tokens_per_micro_batch, tokens[-1]),
         sum(tokens[-config.optim.per_device_train_batch_size :]),
@@ -138,10 +148,21 @@ def largest_micro_batch(config: Config, groups: Sequence[TokenizedGroup]) -> int
 
 
 def share_with_gradient(
-    groups: Sequence[TokenizedGroup], num_negatives: int, share_prefix: bool
+    groups: Sequence[TokenizedGroup],
+    num_negatives: int,
+    share_prefix: bool,
+    *,
+    num_scored: int | None = None,
 ) -> float:
-    """Of the packed tokens, those of prompts, chosen and drawn candidates, were draws uniform."""
-    every = sum(packed_length(group, share_prefix) for group in groups)
+    """Of the packed tokens, those of prompts, chosen and drawn candidates, were draws uniform.
+
+    ``num_scored`` is how many of a pool are packed; None for all.
+    """
+    every = (
+        sum(packed_length(group, share_prefix) for group in groups)
+        if num_scored is None
+        else sum(_tokens_with_gradient(group, num_scored, share_prefix) for group in groups)
+    )
     return (
         sum(_tokens_with_gradient(group, num_negatives, share_prefix) for group in groups) / every
     )

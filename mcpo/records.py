@@ -7,7 +7,8 @@ Candidate 0 is always the chosen one; candidates 1.. are the dispreferred pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ class TokenizedGroup:
     prompt_ids: tuple[int, ...]
     candidate_ids: tuple[tuple[int, ...], ...]
     """Completion tokens only; candidate 0 is the chosen one; none is empty."""
-    ratings: tuple[float, ...] | None = None
-    """Of each candidate, from outside the model and larger for better ones; None if unknown."""
+    scores: tuple[float | None, ...] = ()
+    """What the row says of each candidate, larger is better; () where it says nothing at all."""
+    columns: tuple[int, ...] = ()
+    """Which candidates of the row these are, where they are not all; () where they are."""
     mismatched_ids: tuple[int, ...] | None = None
     """A completion of another prompt, scored along for ``kto``; no candidate, never drawn."""
 
@@ -80,6 +83,15 @@ class TokenizedGroup:
         if self.mismatched_ids is None:
             return self.candidate_ids
         return (*self.candidate_ids, self.mismatched_ids)
+
+    def only(self, columns: Sequence[int]) -> TokenizedGroup:
+        """The same row with some of its candidates; column 0 must come first."""
+        return replace(
+            self,
+            candidate_ids=tuple(self.candidate_ids[column] for column in columns),
+            scores=tuple(self.scores[column] for column in columns) if self.scores else (),
+            columns=tuple(columns),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +126,10 @@ class PackedBatch:
     """[P, C] bool, False where a prompt has fewer than C candidates."""
     length_PC: Tensor
     """[P, C] int64, completion tokens of each candidate; 1 where ``mask_PC`` is False."""
-    rating_PC: Tensor | None = None
-    """[P, C] float64, 0 where ``mask_PC`` is False; None unless every group has ratings."""
+    external_score_PC: Tensor
+    """[P, C] float64, the scores of the rows; NaN where a row has none."""
+    columns: tuple[tuple[int, ...], ...]
+    """Of each prompt the candidates that these are, in its row."""
     mismatched_P: Tensor | None = None
     """[P] int64, the sequence of each prompt's mismatched completion; None unless all have one."""
 

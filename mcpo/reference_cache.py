@@ -44,9 +44,7 @@ class ReferenceLogps:
         """[P, C] float32 in the order of the batch; 0 where there is no candidate."""
         ref_logp_PC = torch.zeros(batch.mask_PC.shape, dtype=torch.float32)
         for prompt, row_id in enumerate(batch.row_ids):
-            values = self.logps[row_id]
-            if batch.mismatched_P is not None:
-                values = values[:-1]
+            values = [self.logps[row_id][column] for column in batch.columns[prompt]]
             ref_logp_PC[prompt, : len(values)] = torch.tensor(values)
         return ref_logp_PC.to(batch.mask_PC.device)
 

@@ -28,6 +28,7 @@ from mcpo.engine.single import SingleEngine
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
+from mcpo.lazy_chains import LazyChains
 from mcpo.loop import Job, count_steps, train
 from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
@@ -89,7 +90,8 @@ def _run(
 ) -> None:
     began = time.monotonic()
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
-    groups = for_losses(load_groups(config.data, tokenizer, config.run.seed), config)
+    groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
+    groups = for_losses(groups, config)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
     policy.to(placement.device).train()
@@ -142,6 +144,10 @@ def _prepare(
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
+    references = reference_logps(
+        engine, groups, config, console, weights=weights, rounding=rounding
+    )
+    lazy = config.kernel.scoring == "lazy"
     job = Job(
         config=config,
         engine=engine,
@@ -149,12 +155,11 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=reference_logps(
-            engine, groups, config, console, weights=weights, rounding=rounding
-        ),
+        references=references,
         total_steps=total_steps,
         identity=identity,
         console=console,
+        chains=LazyChains(groups.train, references, config) if lazy else None,
     )
     return job, found, track
 
@@ -195,6 +200,8 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
     job.baselines.load_state_dict(training["baselines"])
+    if job.chains:
+        job.chains.load_state_dict(training["chains"])
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 

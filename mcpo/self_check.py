@@ -310,7 +310,7 @@ def _longest_candidates(group: TokenizedGroup) -> TokenizedGroup:
         if len(kept) >= 2 and used > TOKENS_PER_GROUP:
             break
         kept.append(ids)
-    return replace(group, candidate_ids=tuple(kept), ratings=None, mismatched_ids=None)
+    return replace(group, candidate_ids=tuple(kept), scores=(), columns=(), mismatched_ids=None)
 
 
 def _plain_tokens(group: TokenizedGroup) -> int:

@@ -7,16 +7,27 @@ Means over tokens, and what losses of earlier steps left behind, are of whole st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mcpo.config import Config, LossConfig
 from mcpo.engine import Engine
+from mcpo.lazy_chains import LazyChains
 from mcpo.losses import over_pool, reaches_pool, rewards, terms_of
-from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
+from mcpo.mc_kernel import (
+    Draw,
+    LazyBatch,
+    candidate_scores,
+    draws_needed,
+    gumbel_noise,
+    lazy_draw,
+    sample_negatives,
+)
+from mcpo.mc_kernel.lazy import audit, with_fresh
 from mcpo.policy import group_logps, mismatched_logps
 from mcpo.records import Baselines, PackedBatch, ScoredBatch
 from mcpo.reference_cache import ReferenceLogps
@@ -37,6 +48,12 @@ class StepWork:
     """Completion tokens of the chosen of the whole step; losses with an NLL need it."""
     baselines: Baselines = field(default_factory=Baselines)
     """What ``bco`` and ``kto`` judge rewards against."""
+    rows: tuple[int, ...] = ()
+    """The groups of the whole step, by number."""
+    visits: tuple[LazyBatch, ...] = ()
+    """With ``scoring: lazy``, what the chains bring to each of ``batches``."""
+    audits: tuple[tuple[PackedBatch, LazyBatch], ...] = ()
+    """The same prompts with all their candidates, where this step is one to audit."""
 
 
 class NonFiniteError(RuntimeError):
@@ -58,30 +75,36 @@ class BatchLoss:
 
 
 def loss_on_batch(
-    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, work: StepWork
+    engine: Engine,
+    batch: PackedBatch,
+    references: ReferenceLogps,
+    config: Config,
+    work: StepWork,
+    lazy: LazyBatch | None = None,
 ) -> BatchLoss:
-    """Stages 4 to 7 on one micro-batch of ``work``."""
+    """Stages 4 to 7 on one micro-batch of ``work``.
+
+    ``lazy`` is what the chains bring to it, where they chose its candidates.
+    """
     # Made before the forward is queued: a copy to the device behind it would wait for it.
     ref_logp_PC = references.of(batch)
     ref_mismatched_P = references.mismatched(batch)
-    noise_PMC = gumbel_noise(
-        config.run.seed,
-        work.step,
-        batch.row_ids,
-        num_draws=config.kernel.num_negatives if config.kernel.replacement else 1,
-        num_candidates=batch.mask_PC.shape[1],
-    ).to(engine.device)
+    if lazy is None:
+        noise_PDC = gumbel_noise(
+            config.run.seed,
+            work.step,
+            batch.row_ids,
+            num_draws=draws_needed(config.kernel),
+            num_candidates=batch.mask_PC.shape[1],
+        ).to(engine.device)
+        draw_from = partial(sample_negatives, config=config.kernel, noise_PDC=noise_PDC)
+    else:
+        draw_from = partial(lazy_draw, lazy=lazy, config=config.kernel)
     recompute = engine.policy.recompute_of(batch)
     logp_S = engine(batch, recompute)
     logp_PC = group_logps(logp_S, batch)
-    score_PC = candidate_scores(
-        logp_PC.detach(),
-        ref_logp_PC,
-        batch.length_PC,
-        score=config.kernel.score,
-        beta=config.loss.beta,
-    )
-    draw = sample_negatives(score_PC, batch.mask_PC, config.kernel, noise_PMC)
+    score_PC = _scores(batch, logp_PC, ref_logp_PC, config)
+    draw = draw_from(score_PC, batch.mask_PC)
     if recompute is not None and engine.policy.recompute != "full":
         recompute.choose(segments_with_gradient(batch, draw, pool=reaches_pool(config.loss)))
     scored = ScoredBatch(
@@ -92,7 +115,7 @@ def loss_on_batch(
         negative_PM=draw.negative_PM,
         negative_mask_PM=draw.mask_PM,
         mean_chosen_length=work.chosen_tokens and work.chosen_tokens / work.num_prompts,
-        rating_PC=batch.rating_PC,
+        rating_PC=batch.external_score_PC,
         baselines=work.baselines,
     )
     if config.loss.augmented:
@@ -110,6 +133,18 @@ def loss_on_batch(
     )
 
 
+def _scores(batch: PackedBatch, logp_PC: Tensor, ref_logp_PC: Tensor, config: Config) -> Tensor:
+    """[P, C] what draws weigh, without gradient."""
+    return candidate_scores(
+        logp_PC.detach(),
+        ref_logp_PC,
+        batch.length_PC,
+        score=config.kernel.score,
+        beta=config.loss.beta,
+        external_PC=batch.external_score_PC,
+    )
+
+
 def segments_with_gradient(batch: PackedBatch, draw: Draw, *, pool: bool = False) -> list[int]:
     """The chosen and the drawn candidates, or all of them, the only ones a loss may depend on.
 
@@ -124,30 +159,43 @@ def segments_with_gradient(batch: PackedBatch, draw: Draw, *, pool: bool = False
 
 
 def train_step(
-    engine: Engine, work: StepWork, references: ReferenceLogps, config: Config
+    engine: Engine,
+    work: StepWork,
+    references: ReferenceLogps,
+    config: Config,
+    chains: LazyChains | None = None,
 ) -> dict[str, float]:
     """Forward, backward, clip and update; returns the step's metrics, equal on every rank.
+
+    ``chains`` are moved, where there are any, once the weights are.
 
     Raises:
         NonFiniteError: before the update, so that the weights stay as they were.
     """
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
+    for batch, lazy in work.audits:
+        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work)
     for number, batch in enumerate(work.batches, start=1):
+        lazy = work.visits[number - 1] if work.visits else None
         with engine.micro_step(last=number == len(work.batches)):
-            found = loss_on_batch(engine, batch, references, config, work)
+            found = loss_on_batch(engine, batch, references, config, work, lazy)
             engine.backward(found.loss_P.sum() * (work.weight / work.num_prompts))
         losses.append(found.loss_P.detach())
         values = prompt_metrics(found.loss_P, found.scored, found.draw, config.loss.beta)
-        for name, value_P in (values | loss_metrics(found, config.loss)).items():
-            total = value_P.detach().double().sum() * work.weight
-            totals[name] = totals.get(name, torch.zeros_like(total)) + total
+        _add(totals, values | loss_metrics(found, config.loss), work)
+        if chains and lazy and work.weight:
+            scored, draw = found.scored, found.draw
+            score_PC = _scores(batch, scored.logp_PC, scored.ref_logp_PC, config)
+            chains.note(batch, score_PC, lazy.column_PC.gather(1, draw.negative_PM))
     grad_norm = torch.nn.utils.clip_grad_norm_(
         engine.policy.parameters(), config.optim.max_grad_norm
     )
     _check_finite(losses, grad_norm, work)
     engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
+    if chains:
+        chains.agree(engine, work.rows, work.step)
     metrics = reduce_means(engine, totals, work.num_prompts)
     tokens = torch.tensor(
         sum(batch.layout.num_tokens for batch in work.batches) * work.weight, device=engine.device
@@ -157,6 +205,31 @@ def train_step(
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         "num_tokens": float(engine.sum(tokens)),
     }
+
+
+def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], work: StepWork) -> None:
+    """Sum over the prompts of a batch, onto the sums so far."""
+    for name, value_P in metrics.items():
+        total = value_P.detach().double().sum() * work.weight
+        totals[name] = totals.get(name, torch.zeros_like(total)) + total
+
+
+@torch.no_grad()
+def _audit(
+    engine: Engine,
+    batch: PackedBatch,
+    lazy: LazyBatch,
+    references: ReferenceLogps,
+    config: Config,
+    chains: LazyChains | None,
+    work: StepWork,
+) -> dict[str, Tensor]:
+    """Score whole pools once, compare the lazy kernel with the full one, and keep the scores."""
+    logp_PC = group_logps(engine.policy(batch), batch)
+    score_PC = _scores(batch, logp_PC, references.of(batch), config)
+    if chains and work.weight:
+        chains.note(batch, score_PC, lazy.state_PM)
+    return audit(lazy, with_fresh(lazy, score_PC, batch.mask_PC), config.kernel)
 
 
 def prompt_metrics(
@@ -179,7 +252,9 @@ def prompt_metrics(
         "logps/chosen": scored.logp_PC[:, 0],
         "logps/rejected": drawn_mean(scored.logp_PC),
         "mc/ess": draw.ess_P,
+        "mc/entropy": draw.entropy_P,
         "mc/drawn_rank": (draw.rank_PM * draw.mask_PM).sum(dim=1) / draw.mask_PM.sum(dim=1),
+        **draw.chain,
     }
 
 
