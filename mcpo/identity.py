@@ -14,9 +14,12 @@ from typing import Any
 from mcpo.config import Config
 from mcpo.engine import Engine
 from mcpo.records import TokenizedGroup
+from mcpo.reference import resolved_kind
 from mcpo.tokens import token_hash
 
 _ONLY_CUTS_THE_WORK = ("max_tokens_per_micro_batch",)
+# A trained adapter counts among the weights, by content.
+_ONLY_SAYS_WHERE = ("adapter_name_or_path", "merge_adapter")
 
 
 def identity_of(
@@ -27,13 +30,18 @@ def identity_of(
     for group in groups:
         digest.update(f"{group.row_id}/{token_hash(group)}".encode())
     options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
+    options |= asdict(config.adapter) | asdict(config.reference)
+    options["reference"] = resolved_kind(config)
+    # As JSON gives it back.
+    options["lora_target_modules"] = sorted(config.adapter.lora_target_modules)
+    left_out = _ONLY_CUTS_THE_WORK + _ONLY_SAYS_WHERE
     return {
         "reference weights": weights,
         "training data": digest.hexdigest(),
         "compute dtype": str(engine.policy.autocast_dtype),
         "number of processes": engine.world_size,
         "seed": config.run.seed,
-        **{name: value for name, value in options.items() if name not in _ONLY_CUTS_THE_WORK},
+        **{name: value for name, value in options.items() if name not in left_out},
     }
 
 

@@ -55,6 +55,15 @@ Loss = Callable[[ScoredBatch, LossConfig], Tensor]
 LOSSES: dict[str, Loss] = {"mcpo": mcpo, "dpo": dpo}
 
 
+# Those of log-ratios; the others depend on the policy's log-probabilities alone.
+_OF_LOG_RATIOS = frozenset({"mcpo", "dpo"})
+
+
+def needs_reference(config: LossConfig) -> bool:
+    """Whether the loss depends on the reference's log-probabilities."""
+    return config.loss_type in _OF_LOG_RATIOS
+
+
 def loss_named(loss_type: str) -> Loss:
     """The loss function of a name.
 

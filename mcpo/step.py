@@ -18,7 +18,7 @@ from mcpo.losses import loss_named, rewards
 from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
 from mcpo.policy import group_logps
 from mcpo.records import PackedBatch, ScoredBatch
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class NonFiniteError(RuntimeError):
 
 
 def loss_on_batch(
-    engine: Engine, batch: PackedBatch, references: ReferenceLogps, config: Config, step: int
+    engine: Engine, batch: PackedBatch, references: Reference, config: Config, step: int
 ) -> tuple[Tensor, ScoredBatch, Draw]:
     """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from."""
     # Made before the forward is queued: a copy to the device behind it would wait for it.
@@ -86,7 +86,7 @@ def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
 
 
 def train_step(
-    engine: Engine, work: StepWork, references: ReferenceLogps, config: Config
+    engine: Engine, work: StepWork, references: Reference, config: Config
 ) -> dict[str, float]:
     """Forward, backward, clip and update; returns the step's metrics, equal on every rank.
 
