@@ -1,9 +1,9 @@
 """Checkpoints: a folder appears whole or not at all, and the newest whole one is found on resume.
 
-``checkpoint-<step>/`` holds the model and tokenizer as any Hugging Face loader reads them, the
-optimizer, schedule and what else training carries on (``optimizer.pt``), and ``state.json``. No
-generator state is kept: the order of rows and the draws are functions of (seed, epoch, step, row
-id).
+``checkpoint-<step>/`` holds the model, or the adapter, and the tokenizer as any Hugging Face loader
+reads them, the optimizer, the schedule and what else training carries on (``optimizer.pt``), and
+``state.json``. No generator state is kept: the order of rows and the draws are functions of (seed,
+epoch, step, row id).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mcpo import adapters
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -52,14 +54,14 @@ def save(
     Args:
         output_dir: of the run.
         state: where it stands.
-        model: saved with ``save_pretrained``, in the dtype it is trained in.
+        model: saved with ``save_pretrained``, in the dtype it is trained in, or its adapter alone.
         tokenizer: saved with it.
-        training: ``state_dict`` of the optimizer and of the schedule.
+        training: ``state_dict`` of the optimizer, of the schedule and of what else has a state.
         keep: how many checkpoints to leave.
     """
     final = output_dir / f"checkpoint-{state.step}"
     with _whole(final) as scratch:
-        model.save_pretrained(scratch)
+        _write_model(model, scratch)
         tokenizer.save_pretrained(scratch)
         torch.save(training, scratch / "optimizer.pt")
         (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
@@ -69,9 +71,12 @@ def save(
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all."""
+    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all.
+
+    Of a model with adapters it writes these alone.
+    """
     with _whole(folder) as scratch:
-        model.save_pretrained(scratch)
+        _write_model(model, scratch)
         tokenizer.save_pretrained(scratch)
 
 
@@ -97,7 +102,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Copy a checkpoint's weights into a model of the same class, every one of them.
+    """Copy a checkpoint's weights, or its adapter, into a model of the same class, all of them.
 
     Through ``from_pretrained``, which knows what ``save_pretrained`` renames (the experts of MoE
     models) and shards, and would start a weight it does not find anew.
@@ -105,6 +110,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: weights are missing, or there are others.
     """
+    if adapters.is_adapted(model):
+        adapters.load(folder, model)
+        return
     # Its type does not know that it returns a pair then.
     loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     saved, found = loaded
@@ -118,8 +126,15 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
 
 
 def load_training(folder: Path) -> dict[str, Any]:
-    """The state dicts of the optimizer and of the schedule."""
+    """The state dicts under their names."""
     return torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+
+
+def _write_model(model: PreTrainedModel, folder: Path) -> None:
+    if adapters.is_adapted(model):
+        adapters.save(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 @contextmanager

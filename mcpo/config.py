@@ -6,7 +6,7 @@ imports neither torch nor transformers, so that ``--help`` is instant.
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from math import inf
 from typing import Any, Literal
 
@@ -21,6 +21,10 @@ def _option(default: Any, text: str) -> Any:
 def help_of(option: Field[Any]) -> str:
     """The line that ``--help`` prints for a field."""
     return str(option.metadata["help"])
+
+
+def _default(cls: type, name: str) -> Any:
+    return next(option.default for option in fields(cls) if option.name == name)
 
 
 def _require(holds: bool, rule: str, got: object) -> None:
@@ -64,6 +68,78 @@ class ModelConfig:
     def shares_prefixes(self) -> bool:
         """Whether groups are packed with one prompt; what ``auto`` starts from."""
         return self.prefix_sharing != "off"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """LoRA by peft, under TRL's names."""
+
+    use_peft: bool = _option(False, "train LoRA adapters over frozen weights; needs peft")
+    lora_r: int = _option(16, "rank of the adapters")
+    lora_alpha: int = _option(32, "adapters are scaled by lora_alpha / lora_r")
+    use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(lora_r) instead")
+    lora_dropout: float = _option(0.0, "0 alone: scoring and training are one forward")
+    lora_target_modules: tuple[str, ...] = _option(
+        ("all-linear",), "names of linear layers; all-linear: every one but the head"
+    )
+    adapter_name_or_path: str | None = _option(
+        None, "folder of a trained LoRA adapter to go on from, which brings its rank and targets"
+    )
+    merge_adapter: bool = _option(False, "at the end also write merged/, a model without adapters")
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        _require(
+            self.lora_dropout == 0,
+            "lora_dropout must be 0, since the forward that scores is the one that trains and "
+            "dropout would move the scores",
+            self.lora_dropout,
+        )
+        _require(bool(self.lora_target_modules), "lora_target_modules must name a layer", ())
+        names = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
+        given = [name for name in names if getattr(self, name) != _default(type(self), name)]
+        _require(
+            self.adapter_name_or_path is None or not given,
+            "adapter_name_or_path brings its own rank, scale and targets, so these must be left "
+            "out",
+            given,
+        )
+        _require(
+            self.adapts or not (given or self.merge_adapter),
+            "options of adapters need use_peft: true or adapter_name_or_path",
+            [*given, "merge_adapter"] if self.merge_adapter else given,
+        )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained instead of the weights."""
+        return self.use_peft or self.adapter_name_or_path is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig:
+    """The reference policy."""
+
+    reference: Literal["auto", "precomputed", "live", "none"] = _option(
+        "auto", "scored once and kept on disk, scored in every step, or none; auto: see the docs"
+    )
+    sync_ref_model: bool = _option(False, "move the reference towards the policy (TR-DPO)")
+    ref_model_mixup_alpha: float = _option(
+        0.6, "at a sync the reference becomes alpha * policy + (1 - alpha) * reference"
+    )
+    ref_model_sync_steps: int = _option(512, "optimizer steps between two syncs")
+
+    def __post_init__(self) -> None:
+        alpha = self.ref_model_mixup_alpha
+        _require(0 < alpha <= 1, "ref_model_mixup_alpha must be in (0, 1]", alpha)
+        steps = self.ref_model_sync_steps
+        _require(steps >= 1, "ref_model_sync_steps must be at least 1", steps)
+        _require(
+            not self.sync_ref_model or self.reference in ("auto", "live"),
+            "sync_ref_model moves the reference, which then must be live (reference: live or auto)",
+            self.reference,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -377,6 +453,8 @@ class Config:
     """Everything a run is told."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

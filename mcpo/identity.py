@@ -14,10 +14,13 @@ from typing import Any
 from mcpo.config import Config
 from mcpo.engine import Engine
 from mcpo.records import TokenizedGroup
+from mcpo.reference import resolved_kind
 from mcpo.tokens import token_hash
 
 _POOLS = ("drop_top_k", "max_pool_size", "noise_candidate")
 _ONLY_CUTS_THE_WORK = ("max_tokens_per_micro_batch",)
+# A trained adapter counts among the weights, by content.
+_ONLY_SAYS_WHERE = ("adapter_name_or_path", "merge_adapter")
 
 
 def identity_of(
@@ -28,6 +31,10 @@ def identity_of(
     for group in groups:
         digest.update(f"{group.row_id}/{token_hash(group)}/{group.scores}".encode())
     options = asdict(config.kernel) | asdict(config.loss) | asdict(config.optim)
+    options |= asdict(config.adapter) | asdict(config.reference)
+    options["reference"] = resolved_kind(config)
+    options["lora_target_modules"] = sorted(config.adapter.lora_target_modules)
+    left_out = _ONLY_CUTS_THE_WORK + _ONLY_SAYS_WHERE
     return {
         "reference weights": weights,
         "training data": digest.hexdigest(),
@@ -40,7 +47,7 @@ def identity_of(
             # As JSON gives a sequence back.
             name: list(value) if isinstance(value, tuple) else value
             for name, value in options.items()
-            if name not in _ONLY_CUTS_THE_WORK
+            if name not in left_out
         },
     }
 

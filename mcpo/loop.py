@@ -26,7 +26,7 @@ from mcpo.order import rank_share, step_rows, steps_per_epoch
 from mcpo.pack import move, pack, split_by_budget
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference, ReferenceSync
 from mcpo.step import StepWork, train_step
 
 
@@ -40,7 +40,9 @@ class Job:
     schedule: torch.optim.lr_scheduler.LRScheduler
     train_groups: Sequence[TokenizedGroup]
     eval_batches: Sequence[PackedBatch]
-    references: ReferenceLogps
+    references: Reference
+    reference_sync: ReferenceSync | None
+    """What moves the reference, if it moves."""
     total_steps: int
     identity: Mapping[str, Any]
     console: Console
@@ -137,6 +139,8 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
             metrics = train_step(job.engine, work, job.references, job.config, job.chains)
             job.schedule.step()
             job.baselines.update(metrics, job.config.loss.baseline_decay)
+            if job.reference_sync:
+                job.reference_sync.after_step(step + 1)
             seconds = time.monotonic() - began
             state = TrainState(
                 step=step + 1,
@@ -182,6 +186,7 @@ def save(job: Job, state: TrainState) -> None:
                 "schedule": job.schedule.state_dict(),
                 "baselines": job.baselines.state_dict(),
                 "chains": job.chains.state_dict() if job.chains else None,
+                "reference": job.reference_sync.state_dict() if job.reference_sync else None,
             },
             keep=job.config.run.save_total_limit,
         )

@@ -29,10 +29,11 @@ from mcpo.config import Config, ModelConfig
 from mcpo.lazy_chains import largest_visit, most_visited
 from mcpo.pack import packed_length
 from mcpo.records import TokenizedGroup
+from mcpo.reference import resolved_kind
 from mcpo_kernels.integrations.transformers import checkpointed_layers
 
-# Bytes a float32 parameter takes while training: itself, its gradient, and AdamW's two moments.
-BYTES_PER_PARAMETER = 16
+# Bytes a float32 parameter takes: while training itself, its gradient, and AdamW's two moments.
+BYTES_TRAINED, BYTES_FROZEN = 16, 4
 # The estimate of activations is right to a factor of two, by test.
 SAFETY = 2
 # Of a row with gradient, "light" computes again what is not a product, about a tenth of the work
@@ -122,10 +123,18 @@ def _fits(
     mode: str, config: Config, groups: Sequence[TokenizedGroup], model: PreTrainedModel, memory: int
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
-    state = model.num_parameters() * BYTES_PER_PARAMETER
+    state = state_bytes(config, model)
     tokens = largest_micro_batch(config, groups)
     needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
+
+
+def state_bytes(config: Config, model: PreTrainedModel) -> int:
+    """Of weights, gradients and optimizer, and of a second copy where that is the reference."""
+    every = model.num_parameters()
+    trained = model.num_parameters(only_trainable=True)
+    copied = 0 if config.adapter.adapts or resolved_kind(config) != "live" else every
+    return BYTES_TRAINED * trained + BYTES_FROZEN * (every - trained + copied)
 
 
 def asked_mode(config: ModelConfig) -> str:

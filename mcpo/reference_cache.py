@@ -48,12 +48,12 @@ class ReferenceLogps:
             ref_logp_PC[prompt, : len(values)] = torch.tensor(values)
         return ref_logp_PC.to(batch.mask_PC.device)
 
-    def mismatched(self, batch: PackedBatch) -> Tensor | None:
-        """[P] float32 of mismatched completions; None for a batch without."""
+    def with_mismatched(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The same, and [P] float32 of mismatched completions; None for a batch without."""
         if batch.mismatched_P is None:
-            return None
+            return self.of(batch), None
         last_P = torch.tensor([self.logps[row_id][-1] for row_id in batch.row_ids])
-        return last_P.to(batch.mask_PC.device)
+        return self.of(batch), last_P.to(batch.mask_PC.device)
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

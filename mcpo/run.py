@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from mcpo import checkpoint
+from mcpo.adapters import attach, merged_model
 from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
@@ -37,15 +38,16 @@ from mcpo.placement import Placement, place
 from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, for_losses, load_groups
 from mcpo.recompute import device_memory, resolve_recompute
-from mcpo.reference_cache import weights_hash
-from mcpo.reference_pass import packed_batches, reference_logps
+from mcpo.reference import keeps_adapter, reference_weights, resolved_kind
+from mcpo.reference_cache import ReferenceLogps, weights_hash
+from mcpo.reference_pass import make_reference, packed_batches
 from mcpo.summary import finish
 from mcpo_kernels import resolve
 from mcpo_kernels.prefix_attention.choose import resolve_attention
 from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 # What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
-RESULTS = ("model", "summary.json", "curves.png")
+RESULTS = ("model", "merged", "summary.json", "curves.png")
 RECORDS = ("metrics.jsonl", "heldout_before.jsonl", "heldout_after.jsonl")
 
 
@@ -61,6 +63,7 @@ def run(config: Config) -> None:
         NonFiniteError: a loss or gradient is not finite.
     """
     _be_quiet()
+    resolved_kind(config)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_impls(config, placement)
     console = Console(quiet=rank() != 0, highlight=False)
@@ -90,6 +93,8 @@ def _run(
 ) -> None:
     began = time.monotonic()
     model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
+    if config.adapter.adapts:
+        attach(model, config.adapter, seed=config.run.seed, keep_reference=keeps_adapter(config))
     groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
     groups = for_losses(groups, config)
     console.print(groups.report, soft_wrap=True)
@@ -138,16 +143,18 @@ def _prepare(
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
     # Hashed once, while the policy still is the reference.
-    weights = weights_hash(engine.policy.model.state_dict())
+    weights = weights_hash(reference_weights(engine.policy, config))
     identity = identity_of(engine, groups.train, config, weights)
     found = _checkpoint_to_resume(config, engine, identity, console)
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
-    references = reference_logps(
+    reference, sync = make_reference(
         engine, groups, config, console, weights=weights, rounding=rounding
     )
-    lazy = config.kernel.scoring == "lazy"
+    chains = None
+    if isinstance(reference, ReferenceLogps) and config.kernel.scoring == "lazy":
+        chains = LazyChains(groups.train, reference, config)
     job = Job(
         config=config,
         engine=engine,
@@ -155,11 +162,12 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=references,
+        references=reference,
+        reference_sync=sync,
         total_steps=total_steps,
         identity=identity,
         console=console,
-        chains=LazyChains(groups.train, references, config) if lazy else None,
+        chains=chains,
     )
     return job, found, track
 
@@ -202,6 +210,8 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     job.baselines.load_state_dict(training["baselines"])
     if job.chains:
         job.chains.load_state_dict(training["chains"])
+    if job.reference_sync:
+        job.reference_sync.load_state_dict(training["reference"])
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 
@@ -211,7 +221,12 @@ def _save_final(job: Job) -> None:
     if job.is_main:
         folder = job.output_dir / "model"
         checkpoint.save_model(job.engine.policy.model, job.tokenizer, folder)
-        job.console.print(f"model saved in {folder}", soft_wrap=True)
+        what = "adapter" if job.config.adapter.adapts else "model"
+        job.console.print(f"{what} saved in {folder}", soft_wrap=True)
+        if job.config.adapter.merge_adapter:
+            merged = job.output_dir / "merged"
+            checkpoint.save_model(merged_model(job.engine.policy.model), job.tokenizer, merged)
+            job.console.print(f"merged model saved in {merged}", soft_wrap=True)
     job.engine.barrier()
 
 
@@ -252,8 +267,9 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
     if engine.rank == 0:
         while found := checkpoint.newest(output_dir):
             shutil.rmtree(found)
-        shutil.rmtree(output_dir / "model", ignore_errors=True)
-        for name in (*RESULTS[1:], *RECORDS):
+        for name in RESULTS[:2]:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        for name in (*RESULTS[2:], *RECORDS):
             (output_dir / name).unlink(missing_ok=True)
     engine.barrier()
 

@@ -30,7 +30,7 @@ from mcpo.mc_kernel import (
 from mcpo.mc_kernel.lazy import audit, with_fresh
 from mcpo.policy import group_logps, mismatched_logps
 from mcpo.records import Baselines, PackedBatch, ScoredBatch
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class BatchLoss:
 def loss_on_batch(
     engine: Engine,
     batch: PackedBatch,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
     work: StepWork,
     lazy: LazyBatch | None = None,
@@ -87,8 +87,7 @@ def loss_on_batch(
     ``lazy`` is what the chains bring to it, where they chose its candidates.
     """
     # Made before the forward is queued: a copy to the device behind it would wait for it.
-    ref_logp_PC = references.of(batch)
-    ref_mismatched_P = references.mismatched(batch)
+    ref_logp_PC, ref_mismatched_P = references.with_mismatched(batch)
     if lazy is None:
         noise_PDC = gumbel_noise(
             config.run.seed,
@@ -161,7 +160,7 @@ def segments_with_gradient(batch: PackedBatch, draw: Draw, *, pool: bool = False
 def train_step(
     engine: Engine,
     work: StepWork,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
     chains: LazyChains | None = None,
 ) -> dict[str, float]:
@@ -219,7 +218,7 @@ def _audit(
     engine: Engine,
     batch: PackedBatch,
     lazy: LazyBatch,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
     chains: LazyChains | None,
     work: StepWork,

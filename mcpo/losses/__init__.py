@@ -8,7 +8,15 @@ averaged over the negatives of a prompt, of which each prompt may have another n
 """
 
 from mcpo.losses.listwise import mcpo
-from mcpo.losses.names import LOSSES, Loss, Term, loss_named, reaches_pool, terms_of
+from mcpo.losses.names import (
+    LOSSES,
+    Loss,
+    Term,
+    loss_named,
+    needs_reference,
+    reaches_pool,
+    terms_of,
+)
 from mcpo.losses.negatives import over_pool, rewards
 from mcpo.losses.pairwise import dpo
 
@@ -19,6 +27,7 @@ __all__ = [
     "dpo",
     "loss_named",
     "mcpo",
+    "needs_reference",
     "over_pool",
     "reaches_pool",
     "rewards",

@@ -90,3 +90,8 @@ def terms_of(config: LossConfig) -> tuple[Term, ...]:
 def reaches_pool(config: LossConfig) -> bool:
     """Whether every candidate has a gradient, and not the drawn ones alone."""
     return config.augmented or any(term.loss.negatives == "pool" for term in terms_of(config))
+
+
+def needs_reference(config: LossConfig) -> bool:
+    """Whether the reference's log-probabilities change the loss."""
+    return any(term.loss.reference for term in terms_of(config))
