@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config
 from mcpo.engine import local_world_size, world_size
+from mcpo.engine.choose import engine_name, state_bytes
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
 from mcpo.pack import packed_length
 from mcpo.prefix_sharing import refuse_if_asked_for
 from mcpo.prepare import load_groups
 from mcpo.recompute import (
-    BYTES_PER_PARAMETER,
     activation_bytes,
     device_memory,
     largest_micro_batch,
@@ -46,7 +46,10 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
     per_step = groups_per_step(config.optim, num_processes)
     num_parameters = model.num_parameters()
     memory = device_memory(device, local_world_size())
-    recompute = resolve_recompute(config, groups.train, model, memory, packs=refusal is None)
+    state = state_bytes(config.scale, engine_name(config.scale), num_processes)
+    recompute = resolve_recompute(
+        config, groups.train, model, memory, packs=refusal is None, state_bytes=state
+    )
     micro_batch = largest_micro_batch(config, groups.train)
     activations = activation_bytes(model_config, micro_batch, recompute.mode)
     table = Table(title="dry run: nothing was trained", show_header=False)
@@ -61,7 +64,7 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         ("of which a shared prompt saves", f"{1 - sum(tokens) / sum(unshared):.0%}"),
         ("largest micro-batch", f"{micro_batch:,} tokens"),
         ("parameters", f"{num_parameters:,}"),
-        ("weights, gradients, optimizer", f"{num_parameters * BYTES_PER_PARAMETER / 1e6:,.0f} MB"),
+        ("weights, gradients, optimizer", f"{num_parameters * state / 1e6:,.0f} MB"),
         ("recompute", recompute.mode),
         ("activations, estimated", f"{activations / 1e6:,.0f} MB"),
     ):

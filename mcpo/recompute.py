@@ -53,6 +53,7 @@ def resolve_recompute(
     memory: int,
     *,
     packs: bool = True,
+    state_bytes: float = BYTES_PER_PARAMETER,
 ) -> Recompute:
     """The mode of a run, and why.
 
@@ -64,13 +65,14 @@ def resolve_recompute(
             resumed run resolves alike.
         packs: whether the model takes packed rows. If not, ``config`` shares no prompts either,
             and there are two modes: "none", and "full" by transformers' own means.
+        state_bytes: what a process holds of a parameter, its gradient and its moments.
 
     Raises:
         ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
     if not packs:
-        return _resolve_plain(asked, config, groups, model, memory)
+        return _resolve_plain(asked, config, groups, model, memory, state_bytes)
     if asked != "auto":
         return Recompute(asked, "it was given")
     try:
@@ -79,7 +81,7 @@ def resolve_recompute(
         return Recompute("none", f"auto: {error}")
     share = share_with_gradient(groups, config.kernel.num_negatives, config.model.shares_prefixes)
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
-    fits, sizes = _fits(plenty, config, groups, model, memory)
+    fits, sizes = _fits(plenty, config, groups, model, memory, state_bytes)
     if not fits:
         return Recompute("selective", f"auto: {plenty!r} does not fit, {sizes}")
     return Recompute(plenty, f"auto: {share:.0%} of the tokens have a gradient, {sizes}")
@@ -91,6 +93,7 @@ def _resolve_plain(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
+    state_bytes: float,
 ) -> Recompute:
     """Of a model that takes one sequence per row."""
     able = model.supports_gradient_checkpointing
@@ -105,17 +108,22 @@ def _resolve_plain(
             )
         reason = f"{asked!r} was given, and one sequence per row leaves no rows to choose among"
         return Recompute("full", reason)
-    fits, sizes = _fits("none", config, groups, model, memory)
+    fits, sizes = _fits("none", config, groups, model, memory, state_bytes)
     if fits or not able:
         return Recompute("none", f"auto: one sequence per row, {sizes}")
     return Recompute("full", f"auto: 'none' does not fit, {sizes}")
 
 
 def _fits(
-    mode: str, config: Config, groups: Sequence[TokenizedGroup], model: PreTrainedModel, memory: int
+    mode: str,
+    config: Config,
+    groups: Sequence[TokenizedGroup],
+    model: PreTrainedModel,
+    memory: int,
+    state_bytes: float,
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
-    state = model.num_parameters() * BYTES_PER_PARAMETER
+    state = model.num_parameters() * state_bytes
     tokens = largest_micro_batch(config, groups)
     needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"

@@ -56,7 +56,10 @@ def reference_logps(
         return reference_cache.unpack(group_logps(engine.policy(batch), batch), batch)
 
     mine = len(batches[engine.rank :: engine.world_size])
-    with progress(console, "reference", mine, quiet=engine.rank != 0) as advance:
+    with (
+        progress(console, "reference", mine, quiet=engine.rank != 0) as advance,
+        engine.together(),
+    ):
         computed = reference_cache.complete(
             folder,
             batches,

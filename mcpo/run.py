@@ -23,8 +23,8 @@ from mcpo.config import Config
 from mcpo.dry_run import describe
 from mcpo.encode import make_encoder
 from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
-from mcpo.engine.ddp import DDPEngine, join_process_group
-from mcpo.engine.single import SingleEngine
+from mcpo.engine.choose import LOADED_ONCE, engine_name, make_engine, state_bytes
+from mcpo.engine.ranks import join_process_group
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
@@ -32,7 +32,7 @@ from mcpo.loop import Job, count_steps, train
 from mcpo.losses import loss_named
 from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
-from mcpo.optimizer import build_optimizer, build_schedule
+from mcpo.optimizer import build_schedule
 from mcpo.placement import Placement, place
 from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, load_groups
@@ -64,6 +64,7 @@ def run(config: Config) -> None:
     loss_named(config.loss.loss_type)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_impls(config, placement)
+    engine_name(config.scale)
     console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
@@ -75,7 +76,7 @@ def run(config: Config) -> None:
     if distributed:
         join_process_group(placement.device)
     try:
-        _run(config, placement, items, console, distributed=distributed)
+        _run(config, placement, items, console)
     finally:
         if distributed:
             torch.distributed.destroy_process_group()
@@ -86,24 +87,28 @@ def _run(
     placement: Placement,
     items: Sequence[VerifiableItem],
     console: Console,
-    *,
-    distributed: bool,
 ) -> None:
     began = time.monotonic()
-    model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
+    name = engine_name(config.scale)
+    model, tokenizer = load_model(
+        config.model.model_name_or_path,
+        dtype=torch.float32,
+        empty=name in LOADED_ONCE and rank() > 0,
+    )
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
-    policy.to(placement.device).train()
-    optimizer = build_optimizer(policy, config.optim)
-    engine: Engine = (
-        DDPEngine(policy, optimizer, placement.device)
-        if distributed
-        else SingleEngine(policy, optimizer, placement.device)
-    )
+    engine = make_engine(name, policy, config, placement.device)
     config, rounding = settle(engine, groups.train, config, console, unpackable)
     memory = device_memory(placement.device, local_world_size())
-    recompute = resolve_recompute(config, groups.train, model, memory, packs=policy.packs)
+    recompute = resolve_recompute(
+        config,
+        groups.train,
+        model,
+        memory,
+        packs=policy.packs,
+        state_bytes=state_bytes(config.scale, name, engine.world_size),
+    )
     policy.set_recompute(recompute.mode)
     console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
     job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
@@ -138,7 +143,7 @@ def _prepare(
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
     # Hashed once, while the policy still is the reference.
-    weights = weights_hash(engine.policy.model.state_dict())
+    weights = weights_hash(engine.whole_state())
     identity = identity_of(engine, groups.train, config, weights)
     found = _checkpoint_to_resume(config, engine, identity, console)
     if found is None:
@@ -192,21 +197,23 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     """Step 0, or where the checkpoint stands, with weights, optimizer and schedule loaded."""
     if folder is None:
         return TrainState(step=0, wall_s=0.0, num_tokens=0.0, identity=dict(job.identity))
-    checkpoint.load_weights(folder, job.engine.policy.model)
+    job.engine.load(folder)
     training = checkpoint.load_training(folder)
-    job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
+    # A sharded optimizer comes back without its options, which but for this one are the run's.
+    for group, rate in zip(
+        job.engine.optimizer.param_groups, job.schedule.get_last_lr(), strict=True
+    ):
+        group["lr"] = rate
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 
 
 def _save_final(job: Job) -> None:
-    """Write the trained model to ``output_dir/model`` from the first rank."""
-    if job.is_main:
-        folder = job.output_dir / "model"
-        checkpoint.save_model(job.engine.policy.model, job.tokenizer, folder)
-        job.console.print(f"model saved in {folder}", soft_wrap=True)
-    job.engine.barrier()
+    """Write the trained model to ``output_dir/model``, all ranks together."""
+    folder = job.output_dir / "model"
+    checkpoint.save_model(job.engine, job.tokenizer, folder)
+    job.console.print(f"model saved in {folder}", soft_wrap=True)
 
 
 def _check_output_dir(config: Config) -> None:

@@ -95,20 +95,18 @@ def train_step(
     """
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
-    for number, batch in enumerate(work.batches, start=1):
-        with engine.micro_step(last=number == len(work.batches)):
+    rounds = engine.rounds(len(work.batches))
+    for number, (batch, weight) in enumerate(weighted(work, rounds), start=1):
+        with engine.micro_step(last=number == rounds):
             loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step)
-            engine.backward(loss_P.sum() * (work.weight / work.num_prompts))
+            engine.backward(loss_P.sum() * (weight / work.num_prompts))
         losses.append(loss_P.detach())
         for name, value_P in prompt_metrics(loss_P, scored, draw, config.loss.beta).items():
-            total = value_P.detach().double().sum() * work.weight
+            total = value_P.detach().double().sum() * weight
             totals[name] = totals.get(name, torch.zeros_like(total)) + total
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        engine.policy.parameters(), config.optim.max_grad_norm
-    )
+    grad_norm = engine.clip(config.optim.max_grad_norm)
     _check_finite(losses, grad_norm, work)
-    engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.update()
     metrics = reduce_means(engine, totals, work.num_prompts)
     tokens = torch.tensor(
         sum(batch.layout.num_tokens for batch in work.batches) * work.weight, device=engine.device
@@ -118,6 +116,18 @@ def train_step(
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         "num_tokens": float(engine.sum(tokens)),
     }
+
+
+def weighted(work: StepWork, rounds: int) -> list[tuple[PackedBatch, float]]:
+    """The micro-batches with their weights; after them the last once more with weight 0.
+
+    That is for engines in which every rank must run as many as any other.
+    """
+    extra = rounds - len(work.batches)
+    return [
+        *((batch, work.weight) for batch in work.batches),
+        *[(work.batches[-1], 0.0)] * extra,
+    ]
 
 
 def prompt_metrics(
@@ -156,7 +166,7 @@ def _check_finite(losses: Sequence[Tensor], grad_norm: Tensor, work: StepWork) -
         return
     rows = [
         row_id
-        for batch, loss_P in zip(work.batches, losses, strict=True)
+        for batch, loss_P in zip(work.batches, losses[: len(work.batches)], strict=True)
         for row_id, finite in zip(batch.row_ids, loss_P.isfinite().tolist(), strict=True)
         if not finite
     ]
