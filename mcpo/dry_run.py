@@ -46,7 +46,8 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
     per_step = groups_per_step(config.optim, num_processes)
     num_parameters = model.num_parameters()
     memory = device_memory(device, local_world_size())
-    state = state_bytes(config.scale, engine_name(config.scale), num_processes)
+    per_parameter = state_bytes(config.scale, engine_name(config.scale), num_processes)
+    state = num_parameters * per_parameter
     recompute = resolve_recompute(
         config, groups.train, model, memory, packs=refusal is None, state_bytes=state
     )
@@ -64,7 +65,7 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         ("of which a shared prompt saves", f"{1 - sum(tokens) / sum(unshared):.0%}"),
         ("largest micro-batch", f"{micro_batch:,} tokens"),
         ("parameters", f"{num_parameters:,}"),
-        ("weights, gradients, optimizer", f"{num_parameters * state / 1e6:,.0f} MB"),
+        ("weights, gradients, optimizer", f"{state / 1e6:,.0f} MB"),
         ("recompute", recompute.mode),
         ("activations, estimated", f"{activations / 1e6:,.0f} MB"),
     ):

@@ -53,7 +53,7 @@ def resolve_recompute(
     memory: int,
     *,
     packs: bool = True,
-    state_bytes: float = BYTES_PER_PARAMETER,
+    state_bytes: float | None = None,
 ) -> Recompute:
     """The mode of a run, and why.
 
@@ -65,12 +65,14 @@ def resolve_recompute(
             resumed run resolves alike.
         packs: whether the model takes packed rows. If not, ``config`` shares no prompts either,
             and there are two modes: "none", and "full" by transformers' own means.
-        state_bytes: what a process holds of a parameter, its gradient and its moments.
+        state_bytes: what a process holds of weights, gradients and moments; None: all of them.
 
     Raises:
         ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
+    if state_bytes is None:
+        state_bytes = model.num_parameters() * BYTES_PER_PARAMETER
     if not packs:
         return _resolve_plain(asked, config, groups, model, memory, state_bytes)
     if asked != "auto":
@@ -123,9 +125,8 @@ def _fits(
     state_bytes: float,
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
-    state = model.num_parameters() * state_bytes
     tokens = largest_micro_batch(config, groups)
-    needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
+    needed = state_bytes + SAFETY * activation_bytes(model.config, tokens, mode)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
 
 

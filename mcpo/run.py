@@ -22,7 +22,7 @@ from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
 from mcpo.encode import make_encoder
-from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
+from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank, world_size
 from mcpo.engine.choose import LOADED_ONCE, engine_name, make_engine, state_bytes
 from mcpo.engine.ranks import join_process_group
 from mcpo.evaluate.heldout import decode
@@ -98,6 +98,8 @@ def _run(
     groups = load_groups(config.data, tokenizer, config.run.seed)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
+    # Counted now: what a sharded weight says of its size is an engine's own affair.
+    state = model.num_parameters() * state_bytes(config.scale, name, world_size())
     engine = make_engine(name, policy, config, placement.device)
     config, rounding = settle(engine, groups.train, config, console, unpackable)
     memory = device_memory(placement.device, local_world_size())
@@ -107,7 +109,7 @@ def _run(
         model,
         memory,
         packs=policy.packs,
-        state_bytes=state_bytes(config.scale, name, engine.world_size),
+        state_bytes=state,
     )
     policy.set_recompute(recompute.mode)
     console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)

@@ -75,6 +75,12 @@ def make_engine(name: str, policy: Policy, config: Config, device: torch.device)
         shard(policy.train(), device)
         optimizer = build_optimizer(policy, config.optim)
         return FSDP2Engine(policy, optimizer, device, whole_gradients=config.scale.whole_gradients)
+    if name == "deepspeed":
+        from mcpo.engine.zero import ZeroEngine
+
+        # Before its weights are sharded, while they show what is a matrix.
+        optimizer = build_optimizer(policy.train(), config.optim)
+        return ZeroEngine(policy, optimizer, device, config.scale)
     policy.to(device).train()
     optimizer = build_optimizer(policy, config.optim)
     if name == "ddp":
