@@ -18,7 +18,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mcpo.config import Config, help_of
 from mcpo.data.mixture import SourceSpec, parse_source
 
-
 # Presets of engines; an installed package has none, a checkout does.
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
 

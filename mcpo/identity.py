@@ -1,7 +1,8 @@
 """What makes a run this run: all that a resumed run must share with the one it continues.
 
 Weights and tokens count by content, not by the path they came from. What only cuts the work into
-pieces (processes, engine, micro-batches, recompute, prefix sharing) does not count: it changes rounding alone.
+pieces (processes, engine, micro-batches, recompute, prefix sharing) does not count: it changes
+rounding alone.
 """
 
 from __future__ import annotations

@@ -7,14 +7,18 @@ number wrote, bit for bit: a shard is cut anew from those it overlaps. Nothing i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 FOLDER = "shards"
 
@@ -25,7 +29,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
         name: _at_least_1d(tensor) for name, tensor in _moments(model, optimizer).items()
     }
     writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
-    dcp.save(state, storage_writer=writer)
+    save_state(state, storage_writer=writer)
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -34,30 +38,77 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     Raises:
         ValueError: the folder holds no shards, or not those of this model.
     """
-    if not (folder / FOLDER).is_dir():
-        raise ValueError(
-            f"{folder} must hold {FOLDER}/, and an engine with whole weights wrote it; resume with "
-            "that engine, or start anew in another output_dir"
-        )
-    reader = HuggingFaceStorageReader(str(folder / FOLDER))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = Stored(folder)
     weights = _weights(model)
-    _check(folder, weights, stored)
-    _make_moments(model, optimizer, stored.keys())
+    stored.check({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    _make_moments(model, optimizer, stored)
     moments = _moments(model, optimizer)
     read = weights | {name: _at_least_1d(tensor) for name, tensor in moments.items()}
-    dcp.load(read, storage_reader=reader)
+    load_state(read, storage_reader=stored.reader)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and lasting buffers, tied ones once; they share memory with the model's."""
+class Stored:
+    """What ``shards/`` of a checkpoint holds, by whatever ranks wrote it.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        if not (folder / FOLDER).is_dir():
+            raise ValueError(
+                f"{folder} must hold {FOLDER}/, and an engine with whole weights wrote it; resume "
+                "with that engine, or start anew in another output_dir"
+            )
+        self.reader = HuggingFaceStorageReader(str(folder / FOLDER))
+        self._entries: dict[str, Any] = dict(self.reader.read_metadata().state_dict_metadata)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor put together on the host, by this rank alone."""
+        entry = self._entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        load_state({name: tensor}, storage_reader=self.reader, no_dist=True)
+        return tensor
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse what a copy of slices would take in part, or fail on in the middle.
+
+        Raises:
+            ValueError: the weights are not those of the model.
+        """
+        found = {
+            name: tuple(entry.size)
+            for name, entry in self._entries.items()
+            if name.startswith("weight.")
+        }
+        if dict(wanted) != found:
+            every = {*wanted, *found}
+            amiss = sorted(name for name in every if wanted.get(name) != found.get(name))
+            raise ValueError(
+                f"{self._folder} must hold every weight of the model in its shape and no other, "
+                f"and it does not for {amiss[:3]}; delete that folder to continue from the "
+                "checkpoint before it"
+            )
+
+
+def lasting(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and lasting buffers themselves, tied ones once."""
     once = {name for name, _ in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        f"weight.{name}": tensor
-        for name, tensor in model.state_dict().items()
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if name in once or name not in every
     }
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Under their names on disk; they share memory with the model's."""
+    return {f"weight.{name}": tensor.detach() for name, tensor in lasting(model).items()}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -68,33 +119,17 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _make_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stored: Collection[str]
-) -> None:
-    """Room for what is stored, of the kinds that the optimizer's first step would make."""
+def _make_moments(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored) -> None:
+    """Room for what is stored, as AdamW's first step would make it."""
     for name, weight in model.named_parameters():
         optimizer.state.pop(weight, None)
-        if f"step.{name}" not in stored:
-            continue
-        optimizer.state[weight] = {
-            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-            "exp_avg": torch.zeros_like(weight.detach()),
-            "exp_avg_sq": torch.zeros_like(weight.detach()),
-        }
-
-
-def _check(folder: Path, weights: dict[str, Tensor], stored: Mapping[str, Any]) -> None:
-    """Refuse what a copy of slices would take in part, or fail on in the middle."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found = {
-        name: tuple(entry.size) for name, entry in stored.items() if name.startswith("weight.")
-    }
-    if wanted != found:
-        amiss = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-        raise ValueError(
-            f"{folder} must hold every weight of the model in its shape and no other, got others "
-            f"for {amiss[:3]}; delete that folder to continue from the checkpoint before it"
-        )
+        # A weight that never had a gradient has none.
+        if f"step.{name}" in stored:
+            optimizer.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                "exp_avg": torch.zeros_like(weight.detach()),
+                "exp_avg_sq": torch.zeros_like(weight.detach()),
+            }
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

@@ -8,17 +8,17 @@ communication on CPUs, which it would compile when it starts, are not used.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mcpo.config import ScaleConfig
-from mcpo.engine import zero_files
+from mcpo.engine import sharded_files, zero_files
 from mcpo.engine.lockstep import run_along
 from mcpo.engine.ranks import Ranks
 from mcpo.engine.whole import WholeState
@@ -45,8 +45,7 @@ class ZeroEngine(Ranks):
         super().__init__(device)
         deepspeed = quiet_deepspeed(device)
         settings = zero_settings(config, device)
-        self._gathered = deepspeed.zero.GatheredParameters
-        self._local_grad = deepspeed.utils.safe_get_local_grad
+        self._deepspeed = deepspeed
         self._stage = config.zero_stage
         if self._stage == 3:
             # Else all of it would be on the device for a moment.
@@ -85,7 +84,11 @@ class ZeroEngine(Ranks):
         if self._stage < 3:
             return torch.as_tensor(self._zero.optimizer.scaled_global_norm(), device=self.device)
         squares = [
-            self._local_grad(weight).double().square().sum().to(self.device)
+            self._deepspeed.utils.safe_get_local_grad(weight)
+            .double()
+            .square()
+            .sum()
+            .to(self.device)
             for weight in self.policy.parameters()
             if weight.requires_grad
         ]
@@ -104,8 +107,50 @@ class ZeroEngine(Ranks):
         return WholeState(self.policy.model.state_dict(keep_vars=True), self._whole)
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        with self._gathered([tensor], enabled=hasattr(tensor, "ds_id")):
+        with self._gathered(tensor):
             return tensor.detach().clone()
+
+    def _gathered(
+        self, tensor: Tensor, *, source: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, a weight of stage 3 is whole; what rank ``source`` makes of it stays."""
+        return self._deepspeed.zero.GatheredParameters(
+            [tensor], modifier_rank=source, enabled=hasattr(tensor, "ds_id")
+        )
+
+    def lasting_state(self) -> dict[str, Tensor]:
+        """Weights and lasting buffers themselves, tied ones once."""
+        return sharded_files.lasting(self.policy.model)
+
+    def set_weight(self, tensor: Tensor, value: Tensor) -> None:
+        """Of a weight that is trained, the shards that the next step starts from."""
+        if tensor.requires_grad and self._stage == 3:
+            utils = self._deepspeed.utils
+            utils.safe_set_local_fp32_param(tensor, self._part(tensor, value))
+        elif tensor.requires_grad:
+            self._deepspeed.utils.safe_set_full_fp32_param(tensor, value)
+        else:
+            with self._gathered(tensor, source=0):
+                tensor.detach().copy_(value)
+
+    def moment(self, weight: Tensor, name: str) -> Tensor:
+        """The whole of a moment, gathered by all ranks."""
+        return self._deepspeed.utils.safe_get_full_optimizer_state(weight, name)
+
+    def set_moment(self, weight: Tensor, name: str, value: Tensor) -> None:
+        """This rank's part of a moment, from the whole."""
+        if self._stage == 3:
+            utils = self._deepspeed.utils
+            utils.safe_set_local_optimizer_state(weight, self._part(weight, value), name)
+        else:
+            self._deepspeed.utils.safe_set_full_optimizer_state(weight, value, name)
+
+    def _part(self, weight: Any, value: Tensor) -> Tensor:
+        """What this rank holds of a flat tensor that was padded to a multiple of the ranks."""
+        size = weight.ds_tensor.ds_numel
+        flat = value.new_zeros(size * self.world_size)
+        flat[: value.numel()] = value.flatten()
+        return flat[size * self.rank : size * (self.rank + 1)]
 
     def save(self, folder: Path) -> None:
         """Write weights and moments, gathered one after the other, from the first rank."""
@@ -127,6 +172,8 @@ def quiet_deepspeed(device: torch.device) -> Any:
         # A faster all-reduce for inference, which takes a compiler and minutes. It has no option.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
+    # It calls collectives by names that torch is about to retire, thousands of times.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     return deepspeed
 
 
