@@ -120,16 +120,21 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _make_moments(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored) -> None:
-    """Room for what is stored, as AdamW's first step would make it."""
+    """Room for what is stored."""
     for name, weight in model.named_parameters():
         optimizer.state.pop(weight, None)
         # A weight that never had a gradient has none.
         if f"step.{name}" in stored:
-            optimizer.state[weight] = {
-                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                "exp_avg": torch.zeros_like(weight.detach()),
-                "exp_avg_sq": torch.zeros_like(weight.detach()),
-            }
+            optimizer.state[weight] = fresh_moments(weight)
+
+
+def fresh_moments(weight: Tensor) -> dict[str, Tensor]:
+    """What fused AdamW makes in its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+        "exp_avg": torch.zeros_like(weight.detach()),
+        "exp_avg_sq": torch.zeros_like(weight.detach()),
+    }
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

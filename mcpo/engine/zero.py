@@ -56,6 +56,11 @@ class ZeroEngine(Ranks):
         self._zero: Any = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
+        if self._stage < 3:
+            # DeepSpeed looks once for the moments of all groups, after the step of the first one.
+            for group in optimizer.param_groups:
+                for part in group["params"]:
+                    optimizer.state[part] = sharded_files.fresh_moments(part)
         self.policy = policy
         self.optimizer = optimizer
         self.lockstep = self._stage == 3

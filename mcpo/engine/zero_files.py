@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcpo.engine import sharded_files
+from mcpo.engine.lockstep import TINY
 from mcpo.pack import move, pack
-from mcpo.records import TokenizedGroup
 
 if TYPE_CHECKING:
     from mcpo.engine.zero import ZeroEngine
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Of a file, and so of what the first rank holds besides its shards.
 BYTES_PER_FILE = 2**31
-# A forward and backward of it has every weight take part.
-TINY = TokenizedGroup(row_id="none", prompt_ids=(0,), candidate_ids=((0, 0), (0, 0)))
 
 
 def save(engine: ZeroEngine, folder: Path) -> None:
