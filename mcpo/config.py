@@ -143,6 +143,37 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """Who runs a step, and what of the model each process holds."""
+
+    engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = _option(
+        "auto", "auto: ddp under torchrun, else single; fsdp2 and deepspeed shard what they hold"
+    )
+    whole_gradients: bool = _option(
+        False, "fsdp2: reduce once per step, and hold a whole gradient until then"
+    )
+    zero_stage: int = _option(
+        2, "deepspeed: shards optimizer (1), gradients too (2), weights too (3)"
+    )
+    offload: bool = _option(
+        False, "deepspeed: optimizer, and in stage 3 weights, in the memory of the host"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (1, 2, 3), "zero_stage must be 1, 2 or 3", self.zero_stage)
+        _require(
+            self.engine == "fsdp2" or not self.whole_gradients,
+            "whole_gradients is an option of engine: fsdp2, and the engine is another",
+            self.engine,
+        )
+        _require(
+            self.engine == "deepspeed" or not self.offload,
+            "offload is an option of engine: deepspeed, and the engine is another",
+            self.engine,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Rows and tokens."""
 
@@ -455,6 +486,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from mcpo.adapters import attach
 from mcpo.config import Config
 from mcpo.engine import local_world_size, world_size
+from mcpo.engine.choose import engine_name
 from mcpo.lazy_chains import largest_visit
 from mcpo.loop import count_steps, groups_per_step
 from mcpo.models import load_config
@@ -52,7 +53,10 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
     steps = count_steps(config.optim, len(groups.train), num_processes)
     per_step = groups_per_step(config.optim, num_processes)
     memory = device_memory(device, local_world_size())
-    recompute = resolve_recompute(config, groups.train, model, memory, packs=refusal is None)
+    state = state_bytes(config, model, engine_name(config.scale), num_processes)
+    recompute = resolve_recompute(
+        config, groups.train, model, memory, packs=refusal is None, state=state
+    )
     micro_batch = largest_micro_batch(config, groups.train)
     activations = activation_bytes(model_config, micro_batch, recompute.mode)
     table = Table(title="dry run: nothing was trained", show_header=False)
@@ -69,7 +73,7 @@ def describe(config: Config, device: torch.device, console: Console) -> None:
         ("parameters", f"{model.num_parameters():,}"),
         ("of which are trained", f"{model.num_parameters(only_trainable=True):,}"),
         ("reference", resolved_kind(config)),
-        ("weights, gradients, optimizer", f"{state_bytes(config, model) / 1e6:,.0f} MB"),
+        ("weights, gradients, optimizer", f"{state / 1e6:,.0f} MB"),
         ("recompute", recompute.mode),
         ("activations, estimated", f"{activations / 1e6:,.0f} MB"),
     ):

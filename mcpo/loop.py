@@ -174,23 +174,20 @@ def evaluate_if_due(job: Job, step: int) -> dict[str, float]:
 
 
 def save(job: Job, state: TrainState) -> None:
-    """Write a checkpoint from the first rank while the others wait."""
-    if job.is_main:
-        checkpoint.save(
-            job.output_dir,
-            state,
-            model=job.engine.policy.model,
-            tokenizer=job.tokenizer,
-            training={
-                "optimizer": job.engine.optimizer.state_dict(),
-                "schedule": job.schedule.state_dict(),
-                "baselines": job.baselines.state_dict(),
-                "chains": job.chains.state_dict() if job.chains else None,
-                "reference": job.reference_sync.state_dict() if job.reference_sync else None,
-            },
-            keep=job.config.run.save_total_limit,
-        )
-    job.engine.barrier()
+    """Write a checkpoint, all ranks together."""
+    checkpoint.save(
+        job.engine,
+        job.output_dir,
+        state,
+        tokenizer=job.tokenizer,
+        training={
+            "schedule": job.schedule.state_dict(),
+            "baselines": job.baselines.state_dict(),
+            "chains": job.chains.state_dict() if job.chains else None,
+            "reference": job.reference_sync.state_dict() if job.reference_sync else None,
+        },
+        keep=job.config.run.save_total_limit,
+    )
 
 
 def note(metrics: Mapping[str, float], tokens_per_second: float) -> str:

@@ -82,6 +82,11 @@ def settle(
         console.print(f"prefix_sharing: {config.model.prefix_sharing}: {how}", soft_wrap=True)
         return config, rounding
     refuse_if_asked_for(config, reason)
+    if engine.lockstep:
+        raise ValueError(
+            "an engine that shards weights needs a model that can be packed, because its ranks "
+            f"must make the same number of forwards: {reason}; use engine: ddp"
+        )
     console.print(
         f"prefix_sharing: {config.model.prefix_sharing}: one sequence per row, with the model's "
         f"own attention, because {reason}",

@@ -95,7 +95,10 @@ def reference_logps(
         return reference_cache.unpack(group_logps(logp_S, batch), batch, mismatched_P)
 
     mine = len(batches[engine.rank :: engine.world_size])
-    with progress(console, "reference", mine, quiet=engine.rank != 0) as advance:
+    with (
+        progress(console, "reference", mine, quiet=engine.rank != 0) as advance,
+        engine.together(),
+    ):
         computed = reference_cache.complete(
             folder,
             batches,

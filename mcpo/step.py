@@ -174,25 +174,22 @@ def train_step(
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     for batch, lazy in work.audits:
-        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work)
-    for number, batch in enumerate(work.batches, start=1):
-        lazy = work.visits[number - 1] if work.visits else None
-        with engine.micro_step(last=number == len(work.batches)):
+        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work.weight)
+    rounds = engine.rounds(len(work.batches))
+    for number, (batch, lazy, weight) in enumerate(weighted(work, rounds), start=1):
+        with engine.micro_step(last=number == rounds):
             found = loss_on_batch(engine, batch, references, config, work, lazy)
-            engine.backward(found.loss_P.sum() * (work.weight / work.num_prompts))
+            engine.backward(found.loss_P.sum() * (weight / work.num_prompts))
         losses.append(found.loss_P.detach())
         values = prompt_metrics(found.loss_P, found.scored, found.draw, config.loss.beta)
-        _add(totals, values | loss_metrics(found, config.loss), work)
-        if chains and lazy and work.weight:
+        _add(totals, values | loss_metrics(found, config.loss), weight)
+        if chains and lazy and weight:
             scored, draw = found.scored, found.draw
             score_PC = _scores(batch, scored.logp_PC, scored.ref_logp_PC, config)
             chains.note(batch, score_PC, lazy.column_PC.gather(1, draw.negative_PM))
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        engine.policy.parameters(), config.optim.max_grad_norm
-    )
+    grad_norm = engine.clip(config.optim.max_grad_norm)
     _check_finite(losses, grad_norm, work)
-    engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.update()
     if chains:
         chains.agree(engine, work.rows, work.step)
     metrics = reduce_means(engine, totals, work.num_prompts)
@@ -206,10 +203,23 @@ def train_step(
     }
 
 
-def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], work: StepWork) -> None:
+def weighted(work: StepWork, rounds: int) -> list[tuple[PackedBatch, LazyBatch | None, float]]:
+    """The micro-batches with their visits and weights; then the last once more with weight 0.
+
+    That is for engines in which every rank must run as many as any other.
+    """
+    visits = work.visits or (None,) * len(work.batches)
+    extra = rounds - len(work.batches)
+    return [
+        *((batch, lazy, work.weight) for batch, lazy in zip(work.batches, visits, strict=True)),
+        *[(work.batches[-1], visits[-1], 0.0)] * extra,
+    ]
+
+
+def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], weight: float) -> None:
     """Sum over the prompts of a batch, onto the sums so far."""
     for name, value_P in metrics.items():
-        total = value_P.detach().double().sum() * work.weight
+        total = value_P.detach().double().sum() * weight
         totals[name] = totals.get(name, torch.zeros_like(total)) + total
 
 
@@ -283,7 +293,7 @@ def _check_finite(losses: Sequence[Tensor], grad_norm: Tensor, work: StepWork) -
         return
     rows = [
         row_id
-        for batch, loss_P in zip(work.batches, losses, strict=True)
+        for batch, loss_P in zip(work.batches, losses[: len(work.batches)], strict=True)
         for row_id, finite in zip(batch.row_ids, loss_P.isfinite().tolist(), strict=True)
         if not finite
     ]

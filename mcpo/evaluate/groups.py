@@ -38,10 +38,11 @@ def evaluate_groups(
         for rounding.
     """
     total = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    for batch in batches[engine.rank :: engine.world_size]:
-        logp_PC = group_logps(engine.policy(batch), batch)
-        total += _sums(logp_PC, batch, references, config)
-        on_batch(1)
+    with engine.together():
+        for batch in batches[engine.rank :: engine.world_size]:
+            logp_PC = group_logps(engine.policy(batch), batch)
+            total += _sums(logp_PC, batch, references, config)
+            on_batch(1)
     loss, margins, accuracies, count = engine.sum(total).tolist()
     return {
         "eval_loss": loss / count,
