@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from mcpo.checkpoint import TrainState
 from mcpo.config import Config, OptimConfig
 from mcpo.engine import Engine
 from mcpo.evaluate.groups import evaluate_groups
+from mcpo.lazy_chains import LazyChains
+from mcpo.losses.baselines import RunningBaselines
 from mcpo.metrics import MetricsFile, Track, peak_memory_mb
 from mcpo.order import rank_share, step_rows, steps_per_epoch
 from mcpo.pack import move, pack, split_by_budget
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference, ReferenceSync
 from mcpo.step import StepWork, train_step
 
 
@@ -38,10 +40,15 @@ class Job:
     schedule: torch.optim.lr_scheduler.LRScheduler
     train_groups: Sequence[TokenizedGroup]
     eval_batches: Sequence[PackedBatch]
-    references: ReferenceLogps
+    references: Reference
+    reference_sync: ReferenceSync | None
+    """What moves the reference, if it moves."""
     total_steps: int
     identity: Mapping[str, Any]
     console: Console
+    baselines: RunningBaselines = field(default_factory=RunningBaselines)
+    chains: LazyChains | None = None
+    """With ``scoring: lazy``."""
 
     @property
     def output_dir(self) -> Path:
@@ -74,10 +81,35 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
     num_groups = len(job.train_groups)
     _, rows = step_rows(num_groups, step, groups_per_step=size, seed=job.config.run.seed)
     mine = rank_share(rows, job.engine.rank, job.engine.world_size)
-    weight = 1.0 if mine else 0.0
-    groups = [job.train_groups[row] for row in mine or rows[:1]]
-    share = job.config.model.shares_prefixes
-    micro_batches = [
+    whole = [job.train_groups[row] for row in mine or rows[:1]]
+    packed = job.chains.reduced(whole, step) if job.chains else whole
+    micro_batches = _micro_batches(job, packed)
+    work = StepWork(
+        step=step,
+        batches=tuple(_on_device(job, micro_batch) for micro_batch in micro_batches),
+        num_prompts=len(rows),
+        weight=1.0 if mine else 0.0,
+        rows=rows,
+        chosen_tokens=sum(len(job.train_groups[row].candidate_ids[0]) for row in rows),
+        baselines=job.baselines.values,
+    )
+    if job.chains:
+        device, audit_steps = job.engine.device, job.config.kernel.lazy_audit_steps
+        audited = _micro_batches(job, whole) if _due(audit_steps, step + 1) else []
+        work = replace(
+            work,
+            visits=tuple(job.chains.at(some, step, device) for some in micro_batches),
+            audits=tuple(
+                (_on_device(job, some), job.chains.at(some, step, device)) for some in audited
+            ),
+        )
+    return work, (step + 1) / steps_per_epoch(num_groups, size)
+
+
+def _micro_batches(job: Job, groups: Sequence[TokenizedGroup]) -> list[list[TokenizedGroup]]:
+    """A rank's groups of a step as they go through the model together."""
+    optim, share = job.config.optim, job.config.model.shares_prefixes
+    return [
         micro_batch
         for start in range(0, len(groups), optim.per_device_train_batch_size)
         for micro_batch in split_by_budget(
@@ -86,16 +118,10 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
             share,
         )
     ]
-    work = StepWork(
-        step=step,
-        batches=tuple(
-            move(pack(micro_batch, share_prefix=share), job.engine.device)
-            for micro_batch in micro_batches
-        ),
-        num_prompts=len(rows),
-        weight=weight,
-    )
-    return work, (step + 1) / steps_per_epoch(num_groups, size)
+
+
+def _on_device(job: Job, groups: Sequence[TokenizedGroup]) -> PackedBatch:
+    return move(pack(groups, share_prefix=job.config.model.shares_prefixes), job.engine.device)
 
 
 def train(job: Job, start: TrainState, track: Track) -> TrainState:
@@ -110,8 +136,11 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
         for step in range(start.step, job.total_steps):
             began = time.monotonic()
             work, epoch = work_of(job, step)
-            metrics = train_step(job.engine, work, job.references, job.config)
+            metrics = train_step(job.engine, work, job.references, job.config, job.chains)
             job.schedule.step()
+            job.baselines.update(metrics, job.config.loss.baseline_decay)
+            if job.reference_sync:
+                job.reference_sync.after_step(step + 1)
             seconds = time.monotonic() - began
             state = TrainState(
                 step=step + 1,
@@ -145,20 +174,20 @@ def evaluate_if_due(job: Job, step: int) -> dict[str, float]:
 
 
 def save(job: Job, state: TrainState) -> None:
-    """Write a checkpoint from the first rank while the others wait."""
-    if job.is_main:
-        checkpoint.save(
-            job.output_dir,
-            state,
-            model=job.engine.policy.model,
-            tokenizer=job.tokenizer,
-            training={
-                "optimizer": job.engine.optimizer.state_dict(),
-                "schedule": job.schedule.state_dict(),
-            },
-            keep=job.config.run.save_total_limit,
-        )
-    job.engine.barrier()
+    """Write a checkpoint, all ranks together."""
+    checkpoint.save(
+        job.engine,
+        job.output_dir,
+        state,
+        tokenizer=job.tokenizer,
+        training={
+            "schedule": job.schedule.state_dict(),
+            "baselines": job.baselines.state_dict(),
+            "chains": job.chains.state_dict() if job.chains else None,
+            "reference": job.reference_sync.state_dict() if job.reference_sync else None,
+        },
+        keep=job.config.run.save_total_limit,
+    )
 
 
 def note(metrics: Mapping[str, float], tokens_per_second: float) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mcpo.config import DataConfig
+from mcpo.config import Config, DataConfig, KernelConfig
 from mcpo.data.mixture import SourceSpec
 from mcpo.data.rows import RowOptions, load_rows
 from mcpo.findings import describe
+from mcpo.losses import LOSSES
+from mcpo.mismatched import with_mismatched
 from mcpo.records import TokenizedGroup
+from mcpo.static_negatives import check_external_scores, fix_negatives
 from mcpo.tokens import TokenConfig, tokenize
 
 
@@ -27,14 +30,22 @@ class Groups:
     """A few lines for a person: how many, how long, what was dropped or cut and why."""
 
 
-def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Groups:
+def load_groups(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    kernel: KernelConfig | None = None,
+) -> Groups:
     """Read and tokenize the training and held-out sources.
 
-    A ``chat_template`` of the configuration becomes the tokenizer's own.
+    A ``chat_template`` of the configuration becomes the tokenizer's own. What changes pools (the
+    options of ``data`` that do, and static sampling) changes those that are trained on alone, so
+    that runs are compared on the same held-out groups.
 
     Raises:
-        ValueError: no training source is named, a source cannot be read, nothing is left, or a row
-            is both trained on and held out: its id, or its prompt with its chosen completion.
+        ValueError: no training source is named, a source cannot be read, nothing is left, a row
+            is both trained on and held out (its id, or its prompt with its chosen completion), or
+            rows lack the scores that ``kernel`` asks for.
         FileNotFoundError: a file is not there.
     """
     if not config.train_data:
@@ -46,14 +57,42 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         # On the tokenizer: held-out prompts are rendered, and the model is saved, with the same.
         tokenizer.chat_template = _read_template(config.chat_template)
     train, train_report = _groups_of(config.train_data, config, tokenizer, seed)
+    whole = replace(config, drop_top_k=0, max_pool_size=None, noise_candidate="none")
     held_out, eval_report = (
-        _groups_of(config.eval_data, config, tokenizer, seed) if config.eval_data else ((), "")
+        _groups_of(config.eval_data, whole, tokenizer, seed) if config.eval_data else ((), "")
     )
     _refuse_leakage(train, held_out)
     report = f"train: {train_report}"
+    kernel = kernel or KernelConfig()
+    if kernel.score == "external":
+        check_external_scores(train)
+    if kernel.sampling == "static":
+        before = sum(group.num_candidates - 1 for group in train)
+        train = fix_negatives(train, kernel, seed)
+        after = sum(group.num_candidates - 1 for group in train)
+        report += f"\nsampling: static: {after:,} of {before:,} negatives were drawn for good"
     if held_out:
         report += f"\nheld out: {eval_report}"
     return Groups(train=train, held_out=held_out, report=report)
+
+
+def for_losses(groups: Groups, config: Config) -> Groups:
+    """Training groups with what the losses need of them: mismatched completions, for ``kto``.
+
+    Raises:
+        ValueError: a loss needs scores and a row has none, or ``kto`` has a single row.
+    """
+    bare = [group.row_id for group in groups.train if None in (group.scores or (None,))]
+    for name in config.loss.loss_type:
+        if LOSSES[name].ratings and bare:
+            raise ValueError(
+                f"{name} needs a score of every completion (ranks are no scores, and a noise "
+                f"candidate has none), and {len(bare)} of {len(groups.train)} rows lack them, row "
+                f"{bare[0]!r} first; add them to the data, or take a loss without ratings"
+            )
+    if "kto" not in config.loss.loss_type:
+        return groups
+    return replace(groups, train=with_mismatched(groups.train, config.data.max_length))
 
 
 def _refuse_leakage(train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup]) -> None:
@@ -90,6 +129,8 @@ def _groups_of(
         score_field=config.score_field,
         ties=config.ties,
         bad_rows=config.bad_rows,
+        drop_top_k=config.drop_top_k,
+        max_pool_size=config.max_pool_size,
     )
     loaded = load_rows(sources, options=options, seed=seed)
     tokenized = tokenize(
@@ -100,6 +141,8 @@ def _groups_of(
             max_prompt_length=config.max_prompt_length,
             too_long=config.too_long,
             prompt_format=config.prompt_format,
+            noise_candidate=config.noise_candidate,
+            seed=seed,
         ),
     )
     groups = tokenized.groups

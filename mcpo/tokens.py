@@ -3,7 +3,8 @@
 Kinds of findings, beside those of ``encode``. Rows dropped: ``empty_prompt``, ``empty_chosen``,
 ``prompt_too_long``, ``chosen_too_long``, ``all_identical``, ``empty_pool``. Candidates dropped:
 ``empty_completion``, ``completion_too_long``, ``same_as_chosen``, ``same_as_rival``. Text cut:
-``truncated_prompt`` and ``truncated_completion`` (which then has no EOS).
+``truncated_prompt`` and ``truncated_completion`` (which then has no EOS). Not made:
+``no_noise_candidate``.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from mcpo.encode import EncodedRow, encode, make_encoder
 from mcpo.findings import Finding, Tally, describe
 from mcpo.records import CandidateRow, TokenizedGroup
+from mcpo.switched import with_two_switched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TooLong = Literal["drop", "truncate_completion", "truncate_prompt", "error"]
 PromptFormat = Literal["auto", "chat", "plain"]
+NoiseCandidate = Literal["none", "add", "only"]
 
 # Rows whose texts go through the tokenizer in one call: enough for its threads, little memory.
 _ROWS_PER_CALL = 256
@@ -46,6 +49,11 @@ class TokenConfig:
     strings as they are; ``auto`` is ``chat`` wherever there is a template."""
     chat_template: str | None = None
     """A Jinja template in place of the tokenizer's own."""
+    noise_candidate: NoiseCandidate = "none"
+    """Whether the chosen one with two tokens switched, of those before its end token, joins the
+    pool (``add``) or is all of it (``only``)."""
+    seed: int = 0
+    """Of which tokens are switched."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -56,10 +64,21 @@ class TokenConfig:
             )
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
-        for name, choices in (("too_long", TooLong), ("prompt_format", PromptFormat)):
+        for name, choices in (
+            ("too_long", TooLong),
+            ("prompt_format", PromptFormat),
+            ("noise_candidate", NoiseCandidate),
+        ):
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+
+
+class _Completion(NamedTuple):
+    """A candidate on its way into a group."""
+
+    ids: tuple[int, ...]
+    score: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +107,9 @@ def tokenize(
     for begin in range(0, len(rows), _ROWS_PER_CALL):
         some = rows[begin : begin + _ROWS_PER_CALL]
         for row, encoded in zip(some, encode(some, encoder, tally), strict=True):
-            group = _group(row.row_id, encoded, config, tally)
+            group = _group(row, encoded, config, tally)
+            if group is not None and config.noise_candidate != "none":
+                group = _with_noise(group, encoder.end_id, config, tally)
             if group is not None:
                 groups.append(_sharing_ids(group, known))
     findings = tally.findings()
@@ -103,27 +124,28 @@ def tokenize(
 def token_hash(group: TokenizedGroup) -> str:
     """SHA-256 over the ids of a group and their borders: the same hash, the same tokens."""
     digest = hashlib.sha256()
-    for ids in (group.prompt_ids, *group.candidate_ids):
+    for ids in (group.prompt_ids, *group.scored_ids):
         digest.update(np.array((len(ids), *ids), dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
 def _group(
-    row_id: str, encoded: EncodedRow, config: TokenConfig, tally: Tally
+    row: CandidateRow, encoded: EncodedRow, config: TokenConfig, tally: Tally
 ) -> TokenizedGroup | None:
     """The group of one row within the limits, or None where nothing can be learnt from it."""
+    row_id = row.row_id
     if not encoded.prompt_ids:
         tally.add("empty_prompt", row_id)
         return None
     if encoded.completion_ids[0] is None:
         tally.add("empty_chosen", row_id)
         return None
-    completions: list[tuple[int, ...]] = []
-    for ids in encoded.completion_ids:
+    completions: list[_Completion] = []
+    for ids, candidate in zip(encoded.completion_ids, row.candidates, strict=True):
         if ids is None:
             tally.add("empty_completion", row_id)
         else:
-            completions.append(ids)
+            completions.append(_Completion(ids, candidate.score))
     fitted = _fit(row_id, encoded.prompt_ids, completions, config, tally)
     if fitted is None:
         return None
@@ -131,7 +153,41 @@ def _group(
     rivals = _distinct_rivals(row_id, chosen, pool, tally)
     if not rivals:
         return None
-    return TokenizedGroup(row_id=row_id, prompt_ids=prompt_ids, candidate_ids=(chosen, *rivals))
+    candidates = (chosen, *rivals)
+    known = any(one.score is not None for one in candidates)
+    return TokenizedGroup(
+        row_id=row_id,
+        prompt_ids=prompt_ids,
+        candidate_ids=tuple(one.ids for one in candidates),
+        scores=tuple(one.score for one in candidates) if known else (),
+    )
+
+
+def _with_noise(
+    group: TokenizedGroup, end_id: int, config: TokenConfig, tally: Tally
+) -> TokenizedGroup | None:
+    """The group with its noise candidate last, or alone; None where it is to be alone and is not.
+
+    It is made of tokens, behind the limits: cut from text it would be another sequence, and the
+    tokens switched might be those that are cut.
+    """
+    chosen = group.candidate_ids[0]
+    body, end = (chosen[:-1], chosen[-1:]) if chosen[-1] == end_id else (chosen, ())
+    switched = with_two_switched(body, f"{config.seed}/noise/{group.row_id}")
+    if switched is None:
+        tally.add("no_noise_candidate", group.row_id)
+        return None if config.noise_candidate == "only" else group
+    noise = (*switched, *end)
+    kept = group.only((0,)) if config.noise_candidate == "only" else group
+    if noise in kept.candidate_ids:
+        tally.add("same_as_rival", group.row_id)
+        return group
+    return replace(
+        kept,
+        candidate_ids=(*kept.candidate_ids, noise),
+        scores=(*kept.scores, None) if kept.scores else (),
+        columns=(),
+    )
 
 
 def _sharing_ids(group: TokenizedGroup, known: dict[int, int]) -> TokenizedGroup:
@@ -149,16 +205,20 @@ def _sharing_ids(group: TokenizedGroup, known: dict[int, int]) -> TokenizedGroup
 
 
 def _distinct_rivals(
-    row_id: str, chosen: tuple[int, ...], pool: list[tuple[int, ...]], tally: Tally
-) -> list[tuple[int, ...]]:
+    row_id: str, chosen: _Completion, pool: list[_Completion], tally: Tally
+) -> list[_Completion]:
     """Rivals that differ from the chosen one and from one another, which cutting may undo."""
-    others = [ids for ids in pool if ids != chosen]
+    others = [one for one in pool if one.ids != chosen.ids]
     if not others:
         tally.add("all_identical" if pool else "empty_pool", row_id)
         return []
     for _ in range(len(pool) - len(others)):
         tally.add("same_as_chosen", row_id)
-    rivals = list(dict.fromkeys(others))
+    # Of equals the first one stays.
+    first: dict[tuple[int, ...], _Completion] = {}
+    for one in others:
+        first.setdefault(one.ids, one)
+    rivals = list(first.values())
     for _ in range(len(others) - len(rivals)):
         tally.add("same_as_rival", row_id)
     return rivals
@@ -167,17 +227,18 @@ def _distinct_rivals(
 def _fit(
     row_id: str,
     prompt_ids: tuple[int, ...],
-    completions: list[tuple[int, ...]],
+    completions: list[_Completion],
     config: TokenConfig,
     tally: Tally,
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
+) -> tuple[tuple[int, ...], list[_Completion]] | None:
     """Prompt and completions within the limits, the chosen one still first; None drops the row."""
     # When the prompt is what gives way, a completion only has to leave it one token.
     if config.max_length is not None and config.too_long == "truncate_prompt":
         fitted = _fit_completions(row_id, completions, config.max_length - 1, config, tally)
         if fitted is None:
             return None
-        prompt = _fit_prompt(row_id, prompt_ids, max(map(len, fitted)), config, tally)
+        longest = max(len(one.ids) for one in fitted)
+        prompt = _fit_prompt(row_id, prompt_ids, longest, config, tally)
         return None if prompt is None else (prompt, fitted)
     prompt = _fit_prompt(row_id, prompt_ids, 1, config, tally)
     if prompt is None:
@@ -215,16 +276,16 @@ def _fit_prompt(
 
 def _fit_completions(
     row_id: str,
-    completions: list[tuple[int, ...]],
+    completions: list[_Completion],
     room: int,
     config: TokenConfig,
     tally: Tally,
-) -> list[tuple[int, ...]] | None:
+) -> list[_Completion] | None:
     """Completions of at most ``room`` tokens, cut or dropped; None if the chosen one is dropped."""
-    fitted: list[tuple[int, ...]] = []
-    for index, ids in enumerate(completions):
+    fitted: list[_Completion] = []
+    for index, (ids, score) in enumerate(completions):
         if len(ids) <= room:
-            fitted.append(ids)
+            fitted.append(_Completion(ids, score))
         elif config.too_long == "error":
             raise ValueError(
                 f"row {row_id!r} has a completion of {len(ids)} tokens where its prompt leaves "
@@ -233,7 +294,7 @@ def _fit_completions(
             )
         elif config.too_long == "truncate_completion":
             tally.add("truncated_completion", row_id)
-            fitted.append(ids[:room])
+            fitted.append(_Completion(ids[:room], score))
         elif index == 0:
             tally.add("chosen_too_long", row_id)
             return None

@@ -130,13 +130,19 @@ def test_noise_is_finite_at_both_ends(
     assert noise.tolist() == [[[-math.log(-math.log(edge))] * 2]]
 
 
-def test_effective_sample_size_and_rank_of_the_draw() -> None:
+def test_spread_of_the_weights_and_rank_of_the_draw() -> None:
     noise = torch.zeros(1, 1, 5, dtype=torch.float64)
     uniform = sample_negatives(torch.zeros(1, 5), FULL, KernelConfig(), noise)
     assert uniform.ess_P.item() == 4.0
+    assert uniform.entropy_P.item() == pytest.approx(math.log(4), rel=1e-15)
     # The second best lies e^-110 below the best: in float64 nothing of it is left.
     sure = sample_negatives(SCORES * 100, FULL, KernelConfig(strategy="min"), noise)
     assert sure.ess_P.item() == 1.0
+    assert sure.entropy_P.item() == pytest.approx(0.0, abs=1e-45)
+    even = torch.tensor([[9.0, 2.0, 2.0, -1e9, -1e9]])
+    half = sample_negatives(even, FULL, KernelConfig(temperature=0.5), noise)
+    assert half.ess_P.item() == 2.0
+    assert half.entropy_P.item() == pytest.approx(math.log(2), rel=1e-15)
     assert sure.rank_PM.tolist() == [[4.0]]
 
 
@@ -153,14 +159,25 @@ def test_the_four_scores() -> None:
         candidate_scores(logp, ref, length, score="likelihood", beta=0.1)
 
 
+def test_the_score_of_the_rows_is_taken_as_it_is() -> None:
+    logp, ref, length = torch.tensor([[-6.0]]), torch.tensor([[-4.0]]), torch.tensor([[3]])
+    given = torch.tensor([[4.5]])
+    got = candidate_scores(logp, ref, length, score="external", beta=0.1, external_PC=given)
+    assert torch.equal(got, given)
+    with pytest.raises(ValueError, match="score: external needs the scores of the rows, got none"):
+        candidate_scores(logp, ref, length, score="external", beta=0.1)
+
+
 @pytest.mark.parametrize("strategy", ["mc", "random", "max", "min"])
 def test_draws_carry_no_gradient(strategy: str) -> None:
     scores = SCORES.clone().requires_grad_()
     noise = gumbel_noise(0, 0, ["a"], num_draws=1, num_candidates=5).requires_grad_()
     config = KernelConfig(strategy=strategy)  # pyright: ignore[reportArgumentType]
     draw = sample_negatives(scores, FULL, config, noise)
-    outputs = [getattr(draw, field.name) for field in dataclasses.fields(draw)]
-    assert len(outputs) == 4
+    outputs = [
+        getattr(draw, each.name) for each in dataclasses.fields(draw) if each.name != "chain"
+    ]
+    assert len(outputs) == 5
     for output in outputs:
         assert isinstance(output, torch.Tensor)
         assert not output.requires_grad

@@ -43,6 +43,7 @@ DRAW = Draw(
     negative_PM=torch.tensor([[3, 1], [2, 1], [1, 1]]),
     mask_PM=torch.tensor([[True, True], [True, False], [True, False]]),
     ess_P=torch.ones(3),
+    entropy_P=torch.ones(3),
     rank_PM=torch.ones(3, 2),
 )
 PAIRS = [(0, 0, 3), (0, 0, 1), (1, 0, 2), (2, 0, 1)]

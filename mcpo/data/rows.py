@@ -1,8 +1,8 @@
 """Stage 1: sources in any supported schema become rows of one prompt, one chosen, and a pool.
 
 Kinds of findings. Candidates dropped: ``repeated_completion``, ``second_best`` (Nectar's rank 2),
-``tied_with_chosen``, ``unrated_completion``. Rows dropped: ``empty_pool``, ``tied_row``,
-``bad_row``. Rows renamed: ``duplicate_id``.
+``tied_with_chosen``, ``unrated_completion``, and those of ``pools.py``. Rows dropped:
+``empty_pool``, ``tied_row``, ``bad_row``. Rows renamed: ``duplicate_id``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mcpo.data.candidates import read_candidates
 from mcpo.data.detect import detect_schema
 from mcpo.data.mixture import Schema, SourceSpec, parse_source
 from mcpo.data.nectar import read_nectar
+from mcpo.data.pools import shrink_pool
 from mcpo.data.preference import read_preference
 from mcpo.data.ranked_messages import read_ranked_messages
 from mcpo.data.ranking import Ties
@@ -39,6 +40,10 @@ class RowOptions:
     chosen one, ``drop_row`` the row, ``keep`` nothing."""
     bad_rows: Literal["error", "drop"] = "error"
     """Whether a row that cannot be read stops the run or is counted as ``bad_row``."""
+    drop_top_k: int = 0
+    """How many of the best of each pool are left out."""
+    max_pool_size: int | None = None
+    """How many of each pool are kept at most, drawn by seed and row id; None for all."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -49,6 +54,10 @@ class RowOptions:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.drop_top_k < 0:
+            raise ValueError(f"drop_top_k must be 0 or more, got {self.drop_top_k}")
+        if self.max_pool_size is not None and self.max_pool_size < 1:
+            raise ValueError(f"max_pool_size must be at least 1, got {self.max_pool_size}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +76,12 @@ def load_rows(
     Args:
         sources: read one after the other; the order of training mixes them.
         options: how rows are understood.
-        seed: of the subsamples.
+        seed: of the subsamples, and of which candidates are kept.
 
     Raises:
         FileNotFoundError: a source does not exist.
-        ValueError: a source or a row cannot be read, no schema fits, or no row is left.
+        ValueError: a source or a row cannot be read, no schema fits, a pool that is to lose its
+            best is not ranked, or no row is left.
     """
     options = options or RowOptions()
     specs = [parse_source(one) if isinstance(one, str) else one for one in sources]
@@ -80,7 +90,15 @@ def load_rows(
     taken_ids: set[str] = set()
     for index, spec in enumerate(specs):
         for row in _read(spec, options, tally, seed=seed, index=index):
-            rows.append(_with_own_id(row, taken_ids, tally))
+            shrunk = shrink_pool(
+                _with_own_id(row, taken_ids, tally),
+                drop_top_k=options.drop_top_k,
+                max_pool_size=options.max_pool_size,
+                seed=seed,
+                tally=tally,
+            )
+            if shrunk is not None:
+                rows.append(shrunk)
     findings = tally.findings()
     if not rows:
         raise ValueError(
