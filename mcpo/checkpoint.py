@@ -64,7 +64,7 @@ def save(
             first rank's is kept.
         keep: how many checkpoints to leave.
     """
-    final = output_dir / f"checkpoint-{state.step}"
+    final = folder_of(output_dir, state.step)
     with _whole(engine, final) as scratch:
         engine.save(scratch)
         if engine.rank == 0:
@@ -76,6 +76,11 @@ def save(
             shutil.rmtree(output_dir / f"checkpoint-{old}")
     engine.barrier()
     return final
+
+
+def folder_of(output_dir: Path, step: int) -> Path:
+    """The checkpoint of a step, whether or not it is there."""
+    return output_dir / f"checkpoint-{step}"
 
 
 def save_model(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mcpo.config import Config, help_of
 from mcpo.data.mixture import SourceSpec, parse_source
@@ -22,27 +22,43 @@ from mcpo.data.mixture import SourceSpec, parse_source
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
 
 
+C = TypeVar("C", bound=Config)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The options of ``python -m mcpo.train``; see ``parse_args_of``."""
+    return parse_args_of(Config, "mcpo.train", "Train a causal LM with MC-PO.", argv)
+
+
+def parse_args_of(
+    root: type[C], program: str, what: str, argv: Sequence[str] | None = None
+) -> C:
     """Read ``--launch NAME``, ``--config FILE`` and the options; a later one overrides.
+
+    Args:
+        root: ``Config``, or a subclass with further sections.
+        program: what ``python -m`` runs.
+        what: a sentence for ``--help``.
+        argv: the words of the command line; None: those of this process.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a file that is no YAML.
         FileNotFoundError: there is no such configuration file, or no such preset.
     """
-    parser = _parser()
+    parser = _parser(root, program, what)
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
             raise ValueError(
-                _unknown_key(word.removeprefix("--").split("=")[0], "the command line")
+                _unknown_key(root, word.removeprefix("--").split("=")[0], "the command line")
             )
     if unknown:
         raise ValueError(f"options must be written --name value, got the stray words {unknown}")
     given = {name: value for name, value in vars(known).items() if value is not None}
     preset, config_file = given.pop("launch", None), given.pop("config", None)
-    values = read_yaml(launch_file(preset)) if preset else {}
-    values |= read_yaml(config_file) if config_file else {}
-    return make_config(values | given)
+    values = read_yaml(launch_file(preset), root) if preset else {}
+    values |= read_yaml(config_file, root) if config_file else {}
+    return make_config_of(root, values | given)
 
 
 def launch_file(name: str) -> str:
@@ -60,7 +76,7 @@ def launch_file(name: str) -> str:
     return str(LAUNCH / f"{name}.yaml")
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, root: type[Config] = Config) -> dict[str, Any]:
     """The mapping in a YAML file, its names checked."""
     import yaml
 
@@ -75,18 +91,23 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(loaded).__name__}")
     for name in loaded:
-        if name not in option_names():
-            raise ValueError(_unknown_key(str(name), path))
+        if name not in option_names(root):
+            raise ValueError(_unknown_key(root, str(name), path))
     return loaded
 
 
 def make_config(values: Mapping[str, Any]) -> Config:
     """Build a ``Config`` from flat names, converting each value to the type of its field."""
+    return make_config_of(Config, values)
+
+
+def make_config_of(root: type[C], values: Mapping[str, Any]) -> C:
+    """The same for a subclass with further sections."""
     for name in values:
-        if name not in option_names():
-            raise ValueError(_unknown_key(name, "the configuration"))
+        if name not in option_names(root):
+            raise ValueError(_unknown_key(root, name, "the configuration"))
     sections: dict[str, Any] = {}
-    for section, cls in _sections().items():
+    for section, cls in _sections(root).items():
         hints = get_type_hints(cls)
         mine = {
             field.name: convert(values[field.name], hints[field.name], field.name)
@@ -94,21 +115,21 @@ def make_config(values: Mapping[str, Any]) -> Config:
             if field.name in values
         }
         sections[section] = cls(**mine)
-    return Config(**sections)
+    return root(**sections)
 
 
 def to_flat(config: Config) -> dict[str, Any]:
     """The same names and values as a YAML file of this run would hold."""
     flat: dict[str, Any] = {}
-    for section in _sections():
+    for section in _sections(type(config)):
         flat |= dataclasses.asdict(getattr(config, section))
     return flat
 
 
-def option_names() -> frozenset[str]:
+def option_names(root: type[Config] = Config) -> frozenset[str]:
     """Every name that a file or the command line may set."""
     return frozenset(
-        field.name for cls in _sections().values() for field in dataclasses.fields(cls)
+        field.name for cls in _sections(root).values() for field in dataclasses.fields(cls)
     )
 
 
@@ -174,28 +195,28 @@ def _kind_name(kind: type) -> str:
     return names[kind]
 
 
-def _sections() -> dict[str, Any]:
-    return typing.get_type_hints(Config)
+def _sections(root: type[Config]) -> dict[str, Any]:
+    return typing.get_type_hints(root)
 
 
-def _unknown_key(name: str, where: str) -> str:
-    nearest = difflib.get_close_matches(name.replace("-", "_"), option_names(), n=1, cutoff=0)
+def _unknown_key(root: type[Config], name: str, where: str) -> str:
+    nearest = difflib.get_close_matches(name.replace("-", "_"), option_names(root), n=1, cutoff=0)
     return f"unknown option {name!r} in {where}; did you mean {nearest[0]!r}? (--help lists all)"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(root: type[Config], program: str, what: str) -> argparse.ArgumentParser:
     """One option per field, grouped by section; values stay words until ``convert``."""
     parser = argparse.ArgumentParser(
-        prog="python -m mcpo.train",
-        description="Train a causal LM with MC-PO. `torchrun --nproc-per-node 2 -m mcpo.train` "
-        "runs the same job on several processes.",
-        epilog="example: python -m mcpo.train --config recipes/default.yaml --learning_rate 5e-6",
+        prog=f"python -m {program}",
+        description=f"{what} `torchrun --nproc-per-node 2 -m {program}` runs the same job on "
+        "several processes.",
+        epilog=f"example: python -m {program} --config recipes/default.yaml --learning_rate 5e-6",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the names below")
     parser.add_argument("--launch", metavar="NAME", help="an engine of recipes/launch, by name")
-    for cls in _sections().values():
+    for cls in _sections(root).values():
         group = parser.add_argument_group((cls.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(cls):
             many = get_origin(get_type_hints(cls)[field.name]) is tuple

@@ -30,6 +30,17 @@ from mcpo.reference import Reference, ReferenceSync
 from mcpo.step import StepWork, train_step
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Consecutive steps of a run with rows of their own: the whole of it, but in an online run."""
+
+    number: int
+    start: int
+    """The first step, from 0."""
+    stop: int
+    """Steps of the run that are done at its end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything the loop works on."""
@@ -44,11 +55,17 @@ class Job:
     reference_sync: ReferenceSync | None
     """What moves the reference, if it moves."""
     total_steps: int
+    segment: Segment
     identity: Mapping[str, Any]
     console: Console
     baselines: RunningBaselines = field(default_factory=RunningBaselines)
     chains: LazyChains | None = None
     """With ``scoring: lazy``."""
+
+    @property
+    def stop_step(self) -> int:
+        """Steps done when these rows are."""
+        return self.segment.stop
 
     @property
     def output_dir(self) -> Path:
@@ -79,7 +96,9 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
     optim = job.config.optim
     size = groups_per_step(optim, job.engine.world_size)
     num_groups = len(job.train_groups)
-    _, rows = step_rows(num_groups, step, groups_per_step=size, seed=job.config.run.seed)
+    # Every segment meets its rows in an order of its own, from their beginning.
+    place, seed = step - job.segment.start, job.config.run.seed + job.segment.number
+    _, rows = step_rows(num_groups, place, groups_per_step=size, seed=seed)
     mine = rank_share(rows, job.engine.rank, job.engine.world_size)
     whole = [job.train_groups[row] for row in mine or rows[:1]]
     packed = job.chains.reduced(whole, step) if job.chains else whole
@@ -103,7 +122,7 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
                 (_on_device(job, some), job.chains.at(some, step, device)) for some in audited
             ),
         )
-    return work, (step + 1) / steps_per_epoch(num_groups, size)
+    return work, (place + 1) / steps_per_epoch(num_groups, size)
 
 
 def _micro_batches(job: Job, groups: Sequence[TokenizedGroup]) -> list[list[TokenizedGroup]]:
@@ -128,12 +147,12 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
     """Run the steps that are left; where the run stands then is short of the end if interrupted."""
     state = start
     metrics_file = MetricsFile(job.output_dir, from_step=start.step) if job.is_main else None
-    left = job.total_steps - start.step
+    left = job.stop_step - start.step
     with (
         progress(job.console, "train", left, quiet=not job.is_main) as advance,
         _interrupts() as interrupted,
     ):
-        for step in range(start.step, job.total_steps):
+        for step in range(start.step, job.stop_step):
             began = time.monotonic()
             work, epoch = work_of(job, step)
             metrics = train_step(job.engine, work, job.references, job.config, job.chains)

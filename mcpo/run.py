@@ -23,14 +23,14 @@ from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
 from mcpo.encode import make_encoder
-from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank, world_size
+from mcpo.engine import Engine, local_rank, local_world_size, rank, world_size
 from mcpo.engine.choose import LOADED_ONCE, check_combination, engine_name, make_engine
-from mcpo.engine.ranks import join_process_group
+from mcpo.engine.ranks import process_group
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
 from mcpo.lazy_chains import LazyChains
-from mcpo.loop import Job, count_steps, train
+from mcpo.loop import Job, Segment, count_steps, save, train
 from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
 from mcpo.optimizer import build_schedule
@@ -51,8 +51,13 @@ RESULTS = ("model", "merged", "summary.json", "curves.png")
 RECORDS = ("metrics.jsonl", "heldout_before.jsonl", "heldout_after.jsonl")
 
 
-def run(config: Config) -> None:
+def run(config: Config, segment: Segment | None = None) -> bool:
     """Train as configured; prints what came of it and writes it under ``output_dir``.
+
+    With a ``segment`` the run stops at its end, saved, and the next call goes on with other rows.
+
+    Returns:
+        Whether the run, or the segment, came to its end; False after an interrupt.
 
     Raises:
         ValueError: the configuration, the data or a start-up check does not hold.
@@ -72,16 +77,10 @@ def run(config: Config) -> None:
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
     if config.run.dry_run:
         describe(config, placement.device, console)
-        return
+        return True
     _check_output_dir(config)
-    distributed = launched_by_torchrun()
-    if distributed:
-        join_process_group(placement.device)
-    try:
-        _run(config, placement, items, console)
-    finally:
-        if distributed:
-            torch.distributed.destroy_process_group()
+    with process_group(placement.device):
+        return _run(config, placement, items, console, segment)
 
 
 def _run(
@@ -89,7 +88,8 @@ def _run(
     placement: Placement,
     items: Sequence[VerifiableItem],
     console: Console,
-) -> None:
+    segment: Segment | None,
+) -> bool:
     began = time.monotonic()
     name = engine_name(config.scale)
     model, tokenizer = load_model(
@@ -118,23 +118,29 @@ def _run(
     )
     policy.set_recompute(recompute.mode)
     console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
-    job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
+    job, found, track = _prepare(
+        config, engine, tokenizer, groups, console, rounding=rounding, segment=segment
+    )
     encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
     before = decode(engine, encoder, items, config.run, console, name="before") if items else []
     start = _load(job, found)
     state = train(job, start, track)
-    if state.step < job.total_steps:
+    if state.step < job.stop_step:
         console.print(
             f"interrupted after step {state.step} of {job.total_steps}, saved in "
             f"{config.run.output_dir}; the same command with --resume continues"
         )
-        return
+        return False
+    if state.step < job.total_steps:
+        _save_segment(job, state)
+        return True
     _save_final(job)
     after = decode(engine, encoder, items, config.run, console, name="after") if items else []
     # Training time of earlier lives of a resumed run counts; their loading and decoding does not.
     wall_s = time.monotonic() - began + start.wall_s
     finish(job, state, items, before, after, wall_s=wall_s)
     engine.barrier()
+    return True
 
 
 def _prepare(
@@ -145,15 +151,17 @@ def _prepare(
     console: Console,
     *,
     rounding: float,
+    segment: Segment | None,
 ) -> tuple[Job, Path | None, Track]:
     """The job, the checkpoint to resume from, and the tracker; the reference pass comes last."""
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
+    segment = segment or Segment(number=0, start=0, stop=total_steps)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
     # Hashed once, while the policy still is the reference.
     began_as = reference_weights(engine.policy, config) if config.adapter.adapts else None
     weights = weights_hash(began_as or engine.whole_state())
     identity = identity_of(engine, groups.train, config, weights)
-    found = _checkpoint_to_resume(config, engine, identity, console)
+    found = _checkpoint_to_resume(config, engine, identity, console, segment)
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
@@ -173,6 +181,7 @@ def _prepare(
         references=reference,
         reference_sync=sync,
         total_steps=total_steps,
+        segment=segment,
         identity=identity,
         console=console,
         chains=chains,
@@ -181,7 +190,11 @@ def _prepare(
 
 
 def _checkpoint_to_resume(
-    config: Config, engine: Engine, identity: dict[str, object], console: Console
+    config: Config,
+    engine: Engine,
+    identity: dict[str, object],
+    console: Console,
+    segment: Segment,
 ) -> Path | None:
     """With ``resume`` the newest checkpoint, of this very run; None to start from the beginning."""
     if not config.run.resume:
@@ -198,7 +211,12 @@ def _checkpoint_to_resume(
             f"no checkpoint in {config.run.output_dir}: starting from the beginning", soft_wrap=True
         )
         return None
-    differing = differences(checkpoint.read_state(folder).identity, identity)
+    stored = checkpoint.read_state(folder)
+    known = stored.identity
+    if stored.step == segment.start:
+        # It is the end of the segment before, which had rows of its own.
+        known = known | {"training data": identity["training data"]}
+    differing = differences(known, identity)
     if differing:
         raise ValueError(
             f"a run resumes as it began, and {folder} differs in: {'; '.join(differing)}; restore "
@@ -215,7 +233,8 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     training = checkpoint.load_training(folder)
     job.schedule.load_state_dict(training["schedule"])
     job.baselines.load_state_dict(training["baselines"])
-    if job.chains:
+    state = checkpoint.read_state(folder)
+    if job.chains and state.step > job.segment.start:
         job.chains.load_state_dict(training["chains"])
     if job.reference_sync:
         job.reference_sync.load_state_dict(training["reference"])
@@ -225,7 +244,7 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     ):
         group["lr"] = rate
     job.console.print(f"resumed from {folder}", soft_wrap=True)
-    return checkpoint.read_state(folder)
+    return state
 
 
 def _save_final(job: Job) -> None:
@@ -238,6 +257,20 @@ def _save_final(job: Job) -> None:
         merged = job.output_dir / "merged"
         checkpoint.save_merged(job.engine, job.tokenizer, merged)
         job.console.print(f"merged model saved in {merged}", soft_wrap=True)
+
+
+def policy_folder(output_dir: Path, step: int) -> Path:
+    """Where a segment leaves its policy for those who sample from it."""
+    return output_dir / f"policy-{step}"
+
+
+def _save_segment(job: Job, state: TrainState) -> None:
+    """At the end of a segment that is not the last: a checkpoint, and the policy by itself."""
+    if checkpoint.newest(job.output_dir) != checkpoint.folder_of(job.output_dir, state.step):
+        save(job, state)
+    folder = policy_folder(job.output_dir, state.step)
+    write = checkpoint.save_merged if job.config.adapter.adapts else checkpoint.save_model
+    write(job.engine, job.tokenizer, folder)
 
 
 def _check_output_dir(config: Config) -> None:

@@ -60,6 +60,12 @@ def test_the_first_stop_string_ends_an_answer():
 # files
 
 
+def sampled(prompts, plan, generator, work, on_prompt=lambda _: None):
+    sample_all(prompts, plan, generator, work, on_prompt)
+    found = read_work(work)
+    return [found[prompt.row_id] for prompt in prompts]
+
+
 class Scripted:
     """Answers in an order of its own and remembers what it was asked; fails when told."""
 
@@ -83,7 +89,7 @@ class Scripted:
 
 def test_an_interrupted_round_goes_on_and_ends_the_same(tmp_path):
     plan = SamplingPlan(temperatures=(0.5, 1.0))
-    whole = sample_all(PROMPTS, plan, Scripted(), tmp_path / "whole.jsonl")
+    whole = sampled(PROMPTS, plan, Scripted(), tmp_path / "whole.jsonl")
     work = tmp_path / "work.jsonl"
     with pytest.raises(KeyboardInterrupt):
         sample_all(PROMPTS, plan, Scripted(fail_after=2), work)
@@ -92,12 +98,12 @@ def test_an_interrupted_round_goes_on_and_ends_the_same(tmp_path):
         file.write(b'{"id": "r0", "comple')
     rest = Scripted()
     progress = []
-    assert sample_all(PROMPTS, plan, rest, work, progress.append) == whole
+    assert sampled(PROMPTS, plan, rest, work, progress.append) == whole
     assert rest.asked == ["r2", "r1", "r0"]
     assert progress == [2, 1, 1, 1]
     assert [group[0].text for group in whole] == [f"r{number}/0.5/0" for number in range(5)]
     done = Scripted()
-    assert sample_all(PROMPTS, plan, done, work) == whole
+    assert sampled(PROMPTS, plan, done, work) == whole
     assert done.asked == []
 
 
@@ -107,7 +113,7 @@ def test_texts_of_any_kind_survive_the_file(tmp_path):
             yield prompts[0], [Candidate(text="a\nb\u2028c\x85 \U0001f600", finished=False)]
 
     plan = SamplingPlan(temperatures=(1.0,), samples_per_temperature=1)
-    first = sample_all(PROMPTS[:1], plan, Odd(), tmp_path / "w.jsonl")
+    first = sampled(PROMPTS[:1], plan, Odd(), tmp_path / "w.jsonl")
     assert list(read_work(tmp_path / "w.jsonl").values()) == first
 
 
@@ -245,7 +251,7 @@ def test_a_server_that_fails_loses_nothing_that_was_answered(tmp_path):
             sample_all(PROMPTS, plan, generator, tmp_path / "w.jsonl")
         broken = False
         asked = len(server.requests)
-        groups = sample_all(PROMPTS, plan, generator, tmp_path / "w.jsonl")
+        groups = sampled(PROMPTS, plan, generator, tmp_path / "w.jsonl")
         assert len(server.requests) - asked == 2
     assert [group[0].text for group in groups] == [f"answer to {p.prompt}" for p in PROMPTS]
 

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcpo.engine import launched_by_torchrun
+
 T = TypeVar("T")
 
 
-def join_process_group(device: torch.device) -> None:
-    """Enter the group that torchrun describes: NCCL between GPUs, gloo between CPUs."""
+@contextmanager
+def process_group(device: torch.device) -> Generator[None]:
+    """Inside it, the group that torchrun describes: NCCL between GPUs, gloo between CPUs.
+
+    Nothing without torchrun, or where a caller has entered it already.
+    """
+    if not launched_by_torchrun() or dist.is_initialized():
+        yield
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait for every rank of the job, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 class Ranks:

@@ -124,16 +124,25 @@ def _item(record: Record) -> VerifiableItem:
     missing = [name for name in _FIELDS if name not in raw.values]
     if missing:
         raise ValueError(f"{raw.where} must have the fields {list(_FIELDS)}; it lacks {missing}")
-    checks = tuple(_check(entry) for entry in raw.entries("checks"))
-    if not checks:
-        raise ValueError(f"{raw.where}: checks must hold at least one, got none")
     return VerifiableItem(
         item_id=raw.row_id,
         prompt=raw.text("prompt"),
         topic=raw.text("topic"),
-        checks=checks,
+        checks=read_checks(raw),
         unseen_kind=raw.optional_flag("unseen_kind", default=False),
     )
+
+
+def read_checks(raw: RawRow) -> tuple[Check, ...]:
+    """What an answer must pass.
+
+    Raises:
+        ValueError: there are none, or one is of an unknown kind or has other arguments.
+    """
+    checks = tuple(_check(entry) for entry in raw.entries("checks"))
+    if not checks:
+        raise ValueError(f"{raw.where}: checks must hold at least one, got none")
+    return checks
 
 
 def _check(entry: RawRow) -> Check:

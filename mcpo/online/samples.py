@@ -31,16 +31,15 @@ def sample_all(
     generator: Generator,
     work: Path,
     on_prompt: OnPrompt = lambda _: None,
-) -> list[list[Candidate]]:
-    """The answers to every prompt, in the order of the prompts; those on file are not asked again.
+) -> None:
+    """Put the answers to every prompt on file; those that are there are not asked for again.
 
     Args:
         prompts: with different row ids.
         plan: what is sampled.
         generator: who answers.
-        work: a file of this round alone, a line per prompt; its name must stand for everything that
-            decides the answers.
-        on_prompt: called with the number found on file, then with 1 for each.
+        work: a file of this round, and of this process, alone, a line per prompt.
+        on_prompt: called with 1 for each.
 
     Raises:
         ValueError: two prompts have one row id.
@@ -49,16 +48,15 @@ def sample_all(
         raise ValueError("every prompt must have a row id of its own, and two share one")
     found = read_work(work)
     missing = [prompt for prompt in prompts if prompt.row_id not in found]
-    on_prompt(len(prompts) - len(missing))
+    if len(missing) < len(prompts):
+        on_prompt(len(prompts) - len(missing))
     work.parent.mkdir(parents=True, exist_ok=True)
     with work.open("ab") as file:
         for prompt, candidates in generator.sample(missing, plan) if missing else ():
-            found[prompt.row_id] = candidates
             file.write(_line(prompt, candidates))
             file.flush()
             os.fsync(file.fileno())
             on_prompt(1)
-    return [found[prompt.row_id] for prompt in prompts]
 
 
 def read_work(work: Path) -> dict[str, list[Candidate]]:
