@@ -16,7 +16,8 @@ from benchmarks.conftest import select_points
 from benchmarks.peers import Missing
 from benchmarks.step import flops, gate, memory, models, problem, session
 from benchmarks.step.__main__ import main
-from benchmarks.step.arms import ARMS, Built, named
+from benchmarks.step.arms import ARMS, LAZY_NAMES, Built, named
+from benchmarks.step.lazy import LazyStep
 from benchmarks.step.packed import PackedStep
 from benchmarks.step.padded import PaddedStep, pad
 from benchmarks.step.points import GRID, QUICK, Point, parse_point
@@ -64,6 +65,19 @@ def test_a_step_of_mcpo_has_the_gradient_of_the_naive_one(mode):
     # And of the step that the gate takes for exact.
     oracle = gate.make_oracle(posed, models.load("tiny")[0])
     assert gate.relative_error(gate.gradients(ours), oracle.exact.gradients) < 1e-9
+
+
+def test_a_lazy_step_packs_three_candidates_and_has_the_same_gradient():
+    posed = make(ragged_groups(), "fp64")
+    ours = models.exact(models.load("tiny")[0])
+    LazyStep(posed, ours)()
+    oracle = gate.make_oracle(posed, models.load("tiny")[0])
+    assert gate.relative_error(gate.gradients(ours), oracle.exact.gradients) < 1e-9
+    assert [group.num_candidates for group in posed.visited()] == [3, 2, 3]
+    assert all(
+        {0, drawn} <= set(group.columns)
+        for group, drawn in zip(posed.visited(), posed.drawn, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -210,6 +224,15 @@ def test_operations_by_hand():
     assert counted("mcpo", "light") == (6 + 2 * 5, 18 + 3.5 * 14, 6 + 3 * 4)
     assert counted("mcpo", "selective") == (6 + 3 * 5, 18 + 3.5 * 14, 6 + 3 * 4)
     assert counted("mcpo", "full") == (24, 4.5 * 18, 6 + 3 * 4)
+    # Chosen, drawn and one more: here the whole pool.
+    assert counted("mcpo_lazy", "light") == counted("mcpo", "light")
+    more = dataclasses.replace(
+        posed,
+        groups=(dataclasses.replace(group, candidate_ids=(*group.candidate_ids, (5, 5), (4, 4))),),
+        reference={"r": (0,) * 5},
+    )
+    assert flops.packed_tokens(named("mcpo_lazy"), more) == 6
+    assert flops.packed_tokens(named("mcpo"), more) == 8
     assert counted("dpo", "none") == (15, 3.5 * 14, 4 * 4)
     # Padded: 2 or 3 rows of 5 tokens, 15 pairs each.
     assert counted("dpo_padded", "none") == (30, 3.5 * 30, 4 * 4)
@@ -300,6 +323,15 @@ def test_a_quick_run_prints_and_writes_what_it_measured(tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert re.search(r"mcpo / dpo: \d+\.\d\d of the time, \d+\.\d\d of the FLOPs", printed)
+
+
+@pytest.mark.usefixtures("threads")
+def test_lazy_scoring_is_measured_beside_steps_on_a_pair(tmp_path, capsys):
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--rounds", "1", "--no_memory", "--scoring", "lazy"]
+    assert main([*arguments, "--results", str(results)]) == 0
+    assert [row.arm for row in read(results)] == list(LAZY_NAMES)
+    assert re.search(r"time, mcpo_lazy / dpo_padded \| \d+\.\d\d", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("threads")

@@ -124,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, default=1, help="prompts of the step")
     parser.add_argument("--data", type=Path, help="file of candidate rows in place of lengths")
     parser.add_argument("--arms", help=f"out of {', '.join(arms.NAMES)} (default: all)")
+    parser.add_argument(
+        "--scoring",
+        choices=("full", "lazy"),
+        default="full",
+        help=f"lazy: without --arms, {', '.join(arms.LAZY_NAMES)}",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="each times every arm once")
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="seconds that all rounds may take"
@@ -139,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
     if options.arms is None:
-        return arms.NAMES
+        return arms.LAZY_NAMES if options.scoring == "lazy" else arms.NAMES
     return parse_names(options.arms, arms.NAMES, "--arms")
 
 

@@ -79,8 +79,8 @@ def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
     """
     pairs = problem.pairs().groups
     trained_rows = _rows(pairs)
-    if arm.kind == "packed":
-        groups = pairs if arm.pairs else problem.groups
+    if arm.kind in ("packed", "lazy"):
+        groups = _packed_groups(arm, problem)
         forward, rows = _shared(groups), _rows(groups)
         # Of every mode but these two the backward sees the rows with gradient alone.
         backward = forward if recompute in ("none", "full") else _shared(pairs)
@@ -108,10 +108,17 @@ def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
 def packed_tokens(arm: Arm, problem: Problem) -> int:
     """Tokens that go through the body in all forwards of a step, padding included."""
     pairs = problem.pairs().groups
-    if arm.kind == "packed":
-        return _shared(pairs if arm.pairs else problem.groups).tokens
+    if arm.kind in ("packed", "lazy"):
+        return _shared(_packed_groups(arm, problem)).tokens
     scored = _padded(problem.groups).tokens if arm.kind == "naive" else 0
     return _padded(pairs).tokens + scored
+
+
+def _packed_groups(arm: Arm, problem: Problem) -> tuple[TokenizedGroup, ...]:
+    """What an arm of ours packs."""
+    if arm.kind == "lazy":
+        return problem.visited()
+    return problem.pairs().groups if arm.pairs else problem.groups
 
 
 def _shared(groups: Sequence[TokenizedGroup]) -> Work:

@@ -80,6 +80,14 @@ class Problem:
             dtype=self.dtype,
         )
 
+    def visited(self) -> tuple[TokenizedGroup, ...]:
+        """Of each group the chosen, the drawn and, where there is one, another candidate."""
+        found: list[TokenizedGroup] = []
+        for group, drawn in zip(self.groups, self.drawn, strict=True):
+            others = [column for column in range(1, group.num_candidates) if column != drawn]
+            found.append(group.only((0, *sorted([drawn, *others[:1]]))))
+        return tuple(found)
+
     def draw(self, logp_PC: Tensor, batch: PackedBatch) -> Draw:
         """Stage 6, as the trainer calls it."""
         ref_logp_PC = self.references.of(batch)
