@@ -1,8 +1,9 @@
 """Checkpoints: a folder appears whole or not at all, and the newest whole one is found on resume.
 
-``checkpoint-<step>/`` holds the model and tokenizer as any Hugging Face loader reads them, the
-optimizer and schedule (``optimizer.pt``), and ``state.json``. No generator state is kept: the order
-of rows and the draws are functions of (seed, epoch, step, row id).
+``checkpoint-<step>/`` holds the weights, or the adapter, and the optimizer as the engine writes
+them, the tokenizer, the schedule and what else training carries on (``training.pt``), and
+``state.json``. No generator state is kept: the order of rows and the draws are functions of (seed,
+epoch, step, row id).
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from mcpo import adapters
+from mcpo.engine import Engine
+from mcpo.engine.whole import on_host
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -38,40 +43,65 @@ class TrainState:
 
 
 def save(
+    engine: Engine,
     output_dir: Path,
     state: TrainState,
     *,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     training: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write a checkpoint beside the others, then drop all but the ``keep`` newest.
 
+    All ranks call it, and see one ``output_dir``.
+
     Args:
+        engine: writes weights and optimizer.
         output_dir: of the run.
         state: where it stands.
-        model: saved with ``save_pretrained``, in the dtype it is trained in.
         tokenizer: saved with it.
-        training: ``state_dict`` of the optimizer and of the schedule.
+        training: ``state_dict`` of the schedule and of whatever else must go on where it was; the
+            first rank's is kept.
         keep: how many checkpoints to leave.
     """
     final = output_dir / f"checkpoint-{state.step}"
-    with _whole(final) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        torch.save(training, scratch / "optimizer.pt")
-        (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-    for old in _steps(output_dir)[:-keep]:
-        shutil.rmtree(output_dir / f"checkpoint-{old}")
+    with _whole(engine, final) as scratch:
+        engine.save(scratch)
+        if engine.rank == 0:
+            tokenizer.save_pretrained(scratch)
+            torch.save(training, scratch / "training.pt")
+            (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    if engine.rank == 0:
+        for old in _steps(output_dir)[:-keep]:
+            shutil.rmtree(output_dir / f"checkpoint-{old}")
+    engine.barrier()
     return final
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all."""
-    with _whole(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+def save_model(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer so that any Hugging Face loader reads them, whole or not at all.
+
+    Of a model with adapters these alone are written. All ranks call it. The first one holds the
+    whole model in host memory meanwhile.
+    """
+    model = engine.policy.model
+    adapted = adapters.is_adapted(model)
+    state = {} if adapted else on_host(engine.whole_state(), keep=engine.rank == 0)
+    with _whole(engine, folder) as scratch:
+        if engine.rank == 0:
+            if adapted:
+                adapters.save(model, scratch)
+            else:
+                model.save_pretrained(scratch, state_dict=dict(state))
+            tokenizer.save_pretrained(scratch)
+
+
+def save_merged(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model with its adapters multiplied into it, as ``save_model`` does."""
+    with _whole(engine, folder) as scratch:
+        if engine.rank == 0:
+            adapters.merged_model(engine.policy.model).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -95,43 +125,28 @@ def read_state(folder: Path) -> TrainState:
         ) from error
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Copy a checkpoint's weights into a model of the same class, every one of them.
-
-    Through ``from_pretrained``, which knows what ``save_pretrained`` renames (the experts of MoE
-    models) and shards, and would start a weight it does not find anew.
-
-    Raises:
-        ValueError: weights are missing, or there are others.
-    """
-    # Its type does not know that it returns a pair then.
-    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    saved, found = loaded
-    amiss = {what: names for what, names in found.items() if names}
-    if amiss:
-        raise ValueError(
-            f"{folder} must hold every weight of {type(model).__name__} and no other, got {amiss}; "
-            "delete that folder to continue from the checkpoint before it"
-        )
-    model.load_state_dict(saved.state_dict(), strict=True)
-
-
 def load_training(folder: Path) -> dict[str, Any]:
-    """The state dicts of the optimizer and of the schedule."""
-    return torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    """The state dict of the schedule, and of whatever else was saved with it."""
+    return torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
 
 
 @contextmanager
-def _whole(final: Path) -> Generator[Path]:
-    """A scratch folder that becomes ``final`` once it is written and on the disk."""
+def _whole(engine: Engine, final: Path) -> Generator[Path]:
+    """A scratch folder that becomes ``final`` once all ranks have written and it is on the disk."""
     scratch = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    if engine.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    engine.barrier()
     yield scratch
+    # Each rank its own files where it can: one machine's cache knows nothing of another's.
     _flush_to_disk(scratch)
-    shutil.rmtree(final, ignore_errors=True)
-    scratch.rename(final)
-    _sync(final.parent)
+    engine.barrier()
+    if engine.rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+        _sync(final.parent)
+    engine.barrier()
 
 
 def _steps(output_dir: Path) -> list[int]:
@@ -144,7 +159,7 @@ def _steps(output_dir: Path) -> list[int]:
 
 def _flush_to_disk(folder: Path) -> None:
     """A rename must not become durable before the files it names."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
 

@@ -18,13 +18,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mcpo.config import Config, help_of
 from mcpo.data.mixture import SourceSpec, parse_source
 
+# Presets of engines; an installed package has none, a checkout does.
+LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
+
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Read ``--config FILE`` and the overrides that follow it.
+    """Read ``--launch NAME``, ``--config FILE`` and the options; a later one overrides.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a file that is no YAML.
-        FileNotFoundError: there is no such configuration file.
+        FileNotFoundError: there is no such configuration file, or no such preset.
     """
     parser = _parser()
     known, unknown = parser.parse_known_args(argv)
@@ -36,9 +39,25 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if unknown:
         raise ValueError(f"options must be written --name value, got the stray words {unknown}")
     given = {name: value for name, value in vars(known).items() if value is not None}
-    config_file = given.pop("config", None)
-    values = read_yaml(config_file) if config_file else {}
+    preset, config_file = given.pop("launch", None), given.pop("config", None)
+    values = read_yaml(launch_file(preset)) if preset else {}
+    values |= read_yaml(config_file) if config_file else {}
     return make_config(values | given)
+
+
+def launch_file(name: str) -> str:
+    """The preset of that name in recipes/launch of this checkout.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = sorted(path.stem for path in LAUNCH.glob("*.yaml"))
+    if name not in names:
+        known = f"one of {', '.join(names)}" if names else f"a file in {LAUNCH}, which has none"
+        raise FileNotFoundError(
+            f"--launch must name {known}; got {name!r}. A file of your own goes by --config"
+        )
+    return str(LAUNCH / f"{name}.yaml")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -175,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the names below")
+    parser.add_argument("--launch", metavar="NAME", help="an engine of recipes/launch, by name")
     for cls in _sections().values():
         group = parser.add_argument_group((cls.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(cls):
@@ -191,8 +211,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shown(default: Any) -> str:
-    if default == ():
-        return "none"
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
     if isinstance(default, bool) or default is None:
         return {True: "true", False: "false", None: "unset"}[default]
     return str(default)

@@ -6,7 +6,8 @@ imports neither torch nor transformers, so that ``--help`` is instant.
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from math import inf
 from typing import Any, Literal
 
 from mcpo.data.mixture import SourceSpec
@@ -20,6 +21,10 @@ def _option(default: Any, text: str) -> Any:
 def help_of(option: Field[Any]) -> str:
     """The line that ``--help`` prints for a field."""
     return str(option.metadata["help"])
+
+
+def _default(cls: type, name: str) -> Any:
+    return next(option.default for option in fields(cls) if option.name == name)
 
 
 def _require(holds: bool, rule: str, got: object) -> None:
@@ -63,6 +68,109 @@ class ModelConfig:
     def shares_prefixes(self) -> bool:
         """Whether groups are packed with one prompt; what ``auto`` starts from."""
         return self.prefix_sharing != "off"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """LoRA by peft, under TRL's names."""
+
+    use_peft: bool = _option(False, "train LoRA adapters over frozen weights; needs peft")
+    lora_r: int = _option(16, "rank of the adapters")
+    lora_alpha: int = _option(32, "adapters are scaled by lora_alpha / lora_r")
+    use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(lora_r) instead")
+    lora_dropout: float = _option(0.0, "0 alone: scoring and training are one forward")
+    lora_target_modules: tuple[str, ...] = _option(
+        ("all-linear",), "names of linear layers; all-linear: every one but the head"
+    )
+    adapter_name_or_path: str | None = _option(
+        None, "folder of a trained LoRA adapter to go on from, which brings its rank and targets"
+    )
+    merge_adapter: bool = _option(False, "at the end also write merged/, a model without adapters")
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        _require(
+            self.lora_dropout == 0,
+            "lora_dropout must be 0, since the forward that scores is the one that trains and "
+            "dropout would move the scores",
+            self.lora_dropout,
+        )
+        _require(bool(self.lora_target_modules), "lora_target_modules must name a layer", ())
+        names = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
+        given = [name for name in names if getattr(self, name) != _default(type(self), name)]
+        _require(
+            self.adapter_name_or_path is None or not given,
+            "adapter_name_or_path brings its own rank, scale and targets, so these must be left "
+            "out",
+            given,
+        )
+        _require(
+            self.adapts or not (given or self.merge_adapter),
+            "options of adapters need use_peft: true or adapter_name_or_path",
+            [*given, "merge_adapter"] if self.merge_adapter else given,
+        )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained instead of the weights."""
+        return self.use_peft or self.adapter_name_or_path is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig:
+    """The reference policy."""
+
+    reference: Literal["auto", "precomputed", "live", "none"] = _option(
+        "auto", "scored once and kept on disk, scored in every step, or none; auto: see the docs"
+    )
+    sync_ref_model: bool = _option(False, "move the reference towards the policy (TR-DPO)")
+    ref_model_mixup_alpha: float = _option(
+        0.6, "at a sync the reference becomes alpha * policy + (1 - alpha) * reference"
+    )
+    ref_model_sync_steps: int = _option(512, "optimizer steps between two syncs")
+
+    def __post_init__(self) -> None:
+        alpha = self.ref_model_mixup_alpha
+        _require(0 < alpha <= 1, "ref_model_mixup_alpha must be in (0, 1]", alpha)
+        steps = self.ref_model_sync_steps
+        _require(steps >= 1, "ref_model_sync_steps must be at least 1", steps)
+        _require(
+            not self.sync_ref_model or self.reference in ("auto", "live"),
+            "sync_ref_model moves the reference, which then must be live (reference: live or auto)",
+            self.reference,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """Who runs a step, and what of the model each process holds."""
+
+    engine: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = _option(
+        "auto", "auto: ddp under torchrun, else single; fsdp2 and deepspeed shard what they hold"
+    )
+    whole_gradients: bool = _option(
+        False, "fsdp2: reduce once per step, and hold a whole gradient until then"
+    )
+    zero_stage: int = _option(
+        2, "deepspeed: shards optimizer (1), gradients too (2), weights too (3)"
+    )
+    offload: bool = _option(
+        False, "deepspeed: optimizer, and in stage 3 weights, in the memory of the host"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (1, 2, 3), "zero_stage must be 1, 2 or 3", self.zero_stage)
+        _require(
+            self.engine == "fsdp2" or not self.whole_gradients,
+            "whole_gradients is an option of engine: fsdp2, and the engine is another",
+            self.engine,
+        )
+        _require(
+            self.engine == "deepspeed" or not self.offload,
+            "offload is an option of engine: deepspeed, and the engine is another",
+            self.engine,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,15 +332,75 @@ class KernelConfig:
         )
 
 
+# Here, without torch, so that a misspelt name answers at once; mcpo/losses/names.py has the losses.
+LOSS_TYPES = (
+    *("mcpo", "mcpo_unbiased", "rnce", "dpo", "rpo", "cdpo", "robust", "exo", "hinge"),
+    *("ipo", "ipo_sum", "bco", "kto", "apo_zero", "apo_down", "sppo", "nca", "nca_rated"),
+    *("infonca", "simpo", "cpo", "orpo", "sft"),
+)
+SMOOTHED = ("cdpo", "robust", "exo", "simpo", "cpo")
+# Of those that have another name in TRL and the same formula here.
+TRL_NAMES = {"sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """The objective."""
 
-    loss_type: str = _option("mcpo", "mcpo (listwise, M negatives) or dpo (pairwise)")
+    loss_type: tuple[str, ...] = _option(("mcpo",), f"one or several of {', '.join(LOSS_TYPES)}")
+    loss_weights: tuple[float, ...] = _option((), "of the losses of loss_type; none: 1 each")
+    sft_weight: float = _option(0.0, "weight of the chosen's NLL per token, added to the loss")
+    augmented: bool = _option(
+        False, "contrast the chosen with its whole pool instead of the drawn negatives"
+    )
     beta: float = _option(0.1, "strength of the tie to the reference policy")
+    label_smoothing: float = _option(
+        0.0, f"probability that a preference is wrong, for {', '.join(SMOOTHED)}"
+    )
+    rpo_alpha: float = _option(1.0, "weight of the NLL in rpo")
+    cpo_alpha: float = _option(1.0, "weight of the NLL in cpo")
+    simpo_gamma: float = _option(0.5, "margin of simpo")
+    rating_temperature: float = _option(1.0, "divides the ratings in infonca and nca_rated")
+    baseline_decay: float = _option(
+        0.9, "of the running means in bco and kto; 0: the last step's means"
+    )
 
     def __post_init__(self) -> None:
-        _require(self.beta > 0, "beta must be positive", self.beta)
+        for name in self.loss_type:
+            known = f" ({name} of TRL is {TRL_NAMES[name]} here)" if name in TRL_NAMES else ""
+            rule = f"loss_type must be one of {', '.join(LOSS_TYPES)}{known}"
+            _require(name in LOSS_TYPES, rule, name)
+        rule = "loss_type must name at least one loss, and none twice"
+        _require(0 < len(self.loss_type) == len(set(self.loss_type)), rule, self.loss_type)
+        rule = f"loss_weights must hold one positive number for each of {self.loss_type}, or none"
+        fits = len(self.loss_weights) in (0, len(self.loss_type))
+        _require(fits and all(0 < w < inf for w in self.loss_weights), rule, self.loss_weights)
+        for name in ("sft_weight", "rpo_alpha", "cpo_alpha"):
+            value = getattr(self, name)
+            _require(0 <= value < inf, f"{name} must be 0 or more", value)
+        for name in ("beta", "rating_temperature"):
+            _require(0 < getattr(self, name) < inf, f"{name} must be positive", getattr(self, name))
+        rule = "baseline_decay must be in [0, 1)"
+        _require(0 <= self.baseline_decay < 1, rule, self.baseline_decay)
+        self._check_smoothing()
+        rule = "the NLL is either sft of loss_type or sft_weight: give one"
+        _require("sft" not in self.loss_type or not self.sft_weight, rule, self.sft_weight)
+
+    def _check_smoothing(self) -> None:
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 0.5, "label_smoothing must be in [0, 0.5)", smoothing)
+        rule = "exo needs label_smoothing above 0 (its authors take 1e-3)"
+        _require("exo" not in self.loss_type or smoothing > 0, rule, smoothing)
+        rule = f"label_smoothing is of {', '.join(SMOOTHED)} (dpo with it is cdpo); leave it at 0"
+        smoothed = not set(SMOOTHED).isdisjoint(self.loss_type)
+        _require(smoothed or smoothing == 0, f"{rule} for {', '.join(self.loss_type)}", smoothing)
+
+    @property
+    def weighted(self) -> tuple[tuple[str, float], ...]:
+        """Each loss with its weight, the NLL of ``sft_weight`` last."""
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        nll = (("sft", self.sft_weight),) if self.sft_weight else ()
+        return (*zip(self.loss_type, weights, strict=True), *nll)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,8 +484,25 @@ class Config:
     """Everything a run is told."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        kernel, losses = self.kernel, self.loss.loss_type
+        if "rnce" in losses:
+            rule = "rnce is the listwise loss of negatives drawn uniformly (for others it is mcpo)"
+            _require(kernel.strategy == "random", f"{rule}: strategy must be random", kernel)
+        if "mcpo_unbiased" in losses:
+            rule = (
+                "mcpo_unbiased is unbiased for one way to draw: strategy mc, score log_ratio, "
+                "temperature 1, with several negatives replacement, and not augmented"
+            )
+            drawn = (kernel.strategy, kernel.score, kernel.temperature) == ("mc", "log_ratio", 1.0)
+            apart = kernel.num_negatives == 1 or kernel.replacement
+            _require(drawn and apart and not self.loss.augmented, rule, kernel)

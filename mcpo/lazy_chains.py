@@ -44,7 +44,9 @@ class LazyChains:
         logp_GF = torch.zeros(self._in_pool_GF.shape, dtype=torch.float64)
         length_GF = torch.ones(self._in_pool_GF.shape, dtype=torch.int64)
         for number, group in enumerate(groups):
-            logp_GF[number, : size_G[number]] = torch.tensor(references.logps[group.row_id])
+            # A mismatched completion, if there is one, comes last.
+            known = references.logps[group.row_id][: group.num_candidates]
+            logp_GF[number, : len(known)] = torch.tensor(known)
             length_GF[number, : size_G[number]] = torch.tensor(
                 [len(ids) for ids in group.candidate_ids]
             )

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from mcpo.config import Config, OptimConfig
 from mcpo.engine import Engine
 from mcpo.evaluate.groups import evaluate_groups
 from mcpo.lazy_chains import LazyChains
+from mcpo.losses.baselines import RunningBaselines
 from mcpo.metrics import MetricsFile, Track, peak_memory_mb
 from mcpo.order import rank_share, step_rows, steps_per_epoch
 from mcpo.pack import move, pack, split_by_budget
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference, ReferenceSync
 from mcpo.step import StepWork, train_step
 
 
@@ -39,10 +40,13 @@ class Job:
     schedule: torch.optim.lr_scheduler.LRScheduler
     train_groups: Sequence[TokenizedGroup]
     eval_batches: Sequence[PackedBatch]
-    references: ReferenceLogps
+    references: Reference
+    reference_sync: ReferenceSync | None
+    """What moves the reference, if it moves."""
     total_steps: int
     identity: Mapping[str, Any]
     console: Console
+    baselines: RunningBaselines = field(default_factory=RunningBaselines)
     chains: LazyChains | None = None
     """With ``scoring: lazy``."""
 
@@ -86,6 +90,8 @@ def work_of(job: Job, step: int) -> tuple[StepWork, float]:
         num_prompts=len(rows),
         weight=1.0 if mine else 0.0,
         rows=rows,
+        chosen_tokens=sum(len(job.train_groups[row].candidate_ids[0]) for row in rows),
+        baselines=job.baselines.values,
     )
     if job.chains:
         device, audit_steps = job.engine.device, job.config.kernel.lazy_audit_steps
@@ -132,6 +138,9 @@ def train(job: Job, start: TrainState, track: Track) -> TrainState:
             work, epoch = work_of(job, step)
             metrics = train_step(job.engine, work, job.references, job.config, job.chains)
             job.schedule.step()
+            job.baselines.update(metrics, job.config.loss.baseline_decay)
+            if job.reference_sync:
+                job.reference_sync.after_step(step + 1)
             seconds = time.monotonic() - began
             state = TrainState(
                 step=step + 1,
@@ -165,21 +174,20 @@ def evaluate_if_due(job: Job, step: int) -> dict[str, float]:
 
 
 def save(job: Job, state: TrainState) -> None:
-    """Write a checkpoint from the first rank while the others wait."""
-    if job.is_main:
-        checkpoint.save(
-            job.output_dir,
-            state,
-            model=job.engine.policy.model,
-            tokenizer=job.tokenizer,
-            training={
-                "optimizer": job.engine.optimizer.state_dict(),
-                "schedule": job.schedule.state_dict(),
-                "chains": job.chains.state_dict() if job.chains else None,
-            },
-            keep=job.config.run.save_total_limit,
-        )
-    job.engine.barrier()
+    """Write a checkpoint, all ranks together."""
+    checkpoint.save(
+        job.engine,
+        job.output_dir,
+        state,
+        tokenizer=job.tokenizer,
+        training={
+            "schedule": job.schedule.state_dict(),
+            "baselines": job.baselines.state_dict(),
+            "chains": job.chains.state_dict() if job.chains else None,
+            "reference": job.reference_sync.state_dict() if job.reference_sync else None,
+        },
+        keep=job.config.run.save_total_limit,
+    )
 
 
 def note(metrics: Mapping[str, float], tokens_per_second: float) -> str:

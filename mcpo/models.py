@@ -25,12 +25,15 @@ SMOLLM2 = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, *, dtype: torch.dtype, empty: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer.
 
     Args:
         name: ``"smollm2-135m-instruct"``, a folder, or a Hugging Face model name.
         dtype: of the weights.
+        empty: on the device "meta", weights without values.
 
     Raises:
         FileNotFoundError: there is no such model, or the package that holds it is not installed.
@@ -39,7 +42,8 @@ def load_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
 
     with _clear_error(name) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        place = {"device_map": "meta"} if empty else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place)
     return model, tokenizer
 
 

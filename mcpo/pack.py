@@ -21,8 +21,8 @@ from mcpo_kernels.prefix_attention.layout import NO_PARENT, PrefixLayout
 
 def packed_length(group: TokenizedGroup, share_prefix: bool) -> int:
     """Input tokens of a group once packed."""
-    prompts = 1 if share_prefix else group.num_candidates
-    return prompts * len(group.prompt_ids) + sum(len(ids) - 1 for ids in group.candidate_ids)
+    prompts = 1 if share_prefix else len(group.scored_ids)
+    return prompts * len(group.prompt_ids) + sum(len(ids) - 1 for ids in group.scored_ids)
 
 
 def split_by_budget(
@@ -52,13 +52,16 @@ def split_by_budget(
 def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch:
     """Lay groups end to end; sequences are numbered group by group, candidate by candidate.
 
+    A mismatched completion lies behind the candidates of its group.
+
     Raises:
-        ValueError: no groups, or a group with an empty prompt, an empty candidate or no candidates.
+        ValueError: no groups, or a group with an empty prompt, an empty candidate or no candidates,
+            with scores of another number, or unlike the others in having a mismatched completion.
     """
     _check(groups)
     segments = _shared_segments(groups) if share_prefix else _separate_segments(groups)
     layout = PrefixLayout(tuple(len(ids) for ids in segments.token_ids), tuple(segments.parents))
-    length_S = torch.tensor([len(ids) for group in groups for ids in group.candidate_ids])
+    length_S = torch.tensor([len(ids) for group in groups for ids in group.scored_ids])
     seq_of_PC, mask_PC, length_PC = _grid(groups, length_S)
     return PackedBatch(
         row_ids=tuple(group.row_id for group in groups),
@@ -66,7 +69,7 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
         position_T=_counting(torch.tensor(segments.positions), torch.tensor(layout.lengths)),
         layout=layout,
         scored_N=_scored_rows(segments, layout, length_S),
-        target_N=_flat([ids for group in groups for ids in group.candidate_ids]),
+        target_N=_flat([ids for group in groups for ids in group.scored_ids]),
         seq_of_N=torch.arange(len(length_S)).repeat_interleave(length_S),
         num_seqs=len(length_S),
         segment_of_S=tuple(segments.own_segment_S),
@@ -74,6 +77,7 @@ def pack(groups: Sequence[TokenizedGroup], *, share_prefix: bool) -> PackedBatch
         mask_PC=mask_PC,
         length_PC=length_PC,
         external_score_PC=_external_scores(groups, mask_PC),
+        mismatched_P=_mismatched(groups),
         columns=tuple(group.columns or tuple(range(group.num_candidates)) for group in groups),
     )
 
@@ -91,6 +95,7 @@ def move(batch: PackedBatch, device: torch.device | str) -> PackedBatch:
         mask_PC=batch.mask_PC.to(device),
         length_PC=batch.length_PC.to(device),
         external_score_PC=batch.external_score_PC.to(device),
+        mismatched_P=None if batch.mismatched_P is None else batch.mismatched_P.to(device),
     )
 
 
@@ -122,20 +127,20 @@ def _shared_segments(groups: Sequence[TokenizedGroup]) -> _Segments:
     for group in groups:
         prompt_segment = len(found.token_ids)
         prompt_length = len(group.prompt_ids)
-        num_candidates = group.num_candidates
+        num_scored = len(group.scored_ids)
         found.token_ids.append(group.prompt_ids)
-        found.token_ids.extend(ids[:-1] for ids in group.candidate_ids)
-        found.positions.extend((0, *(prompt_length,) * num_candidates))
-        found.parents.extend((NO_PARENT, *(prompt_segment,) * num_candidates))
-        found.prompt_segment_S.extend((prompt_segment,) * num_candidates)
-        found.own_segment_S.extend(range(prompt_segment + 1, prompt_segment + 1 + num_candidates))
-        found.prompt_length_S.extend((prompt_length,) * num_candidates)
+        found.token_ids.extend(ids[:-1] for ids in group.scored_ids)
+        found.positions.extend((0, *(prompt_length,) * num_scored))
+        found.parents.extend((NO_PARENT, *(prompt_segment,) * num_scored))
+        found.prompt_segment_S.extend((prompt_segment,) * num_scored)
+        found.own_segment_S.extend(range(prompt_segment + 1, prompt_segment + 1 + num_scored))
+        found.prompt_length_S.extend((prompt_length,) * num_scored)
     return found
 
 
 def _separate_segments(groups: Sequence[TokenizedGroup]) -> _Segments:
     """Each candidate behind its own copy of the prompt."""
-    token_ids = [(*group.prompt_ids, *ids[:-1]) for group in groups for ids in group.candidate_ids]
+    token_ids = [(*group.prompt_ids, *ids[:-1]) for group in groups for ids in group.scored_ids]
     own = list(range(len(token_ids)))
     return _Segments(
         token_ids=token_ids,
@@ -143,7 +148,7 @@ def _separate_segments(groups: Sequence[TokenizedGroup]) -> _Segments:
         parents=[NO_PARENT] * len(own),
         prompt_segment_S=own,
         own_segment_S=own,
-        prompt_length_S=[len(group.prompt_ids) for group in groups for _ in group.candidate_ids],
+        prompt_length_S=[len(group.prompt_ids) for group in groups for _ in group.scored_ids],
     )
 
 
@@ -166,20 +171,30 @@ def _grid(groups: Sequence[TokenizedGroup], length_S: Tensor) -> tuple[Tensor, T
     """``seq_of_PC``, ``mask_PC`` and ``length_PC``."""
     num_P = torch.tensor([group.num_candidates for group in groups])
     mask_PC = torch.arange(int(num_P.max())) < num_P[:, None]
+    candidate_S = torch.tensor(
+        [place < group.num_candidates for group in groups for place in range(len(group.scored_ids))]
+    )
     seq_of_PC = torch.zeros(mask_PC.shape, dtype=torch.int64)
-    seq_of_PC[mask_PC] = torch.arange(len(length_S))
+    seq_of_PC[mask_PC] = torch.arange(len(length_S))[candidate_S]
     length_PC = torch.ones(mask_PC.shape, dtype=torch.int64)
-    length_PC[mask_PC] = length_S
+    length_PC[mask_PC] = length_S[candidate_S]
     return seq_of_PC, mask_PC, length_PC
 
 
 def _external_scores(groups: Sequence[TokenizedGroup], mask_PC: Tensor) -> Tensor:
     """``external_score_PC``."""
-    score_PC = torch.full(mask_PC.shape, torch.nan)
+    score_PC = torch.full(mask_PC.shape, torch.nan, dtype=torch.float64)
     for row_C, group in zip(score_PC, groups, strict=True):
         known = [torch.nan if score is None else score for score in group.scores]
-        row_C[: len(known)] = torch.tensor(known)
+        row_C[: len(known)] = torch.tensor(known, dtype=torch.float64)
     return score_PC
+
+
+def _mismatched(groups: Sequence[TokenizedGroup]) -> Tensor | None:
+    """``mismatched_P``: the last sequence of each group."""
+    if groups[0].mismatched_ids is None:
+        return None
+    return torch.tensor([len(group.scored_ids) for group in groups]).cumsum(0) - 1
 
 
 def _flat(runs: Sequence[tuple[int, ...]]) -> Tensor:
@@ -206,4 +221,14 @@ def _check(groups: Sequence[TokenizedGroup]) -> None:
             raise ValueError(
                 f"row {group.row_id!r} must hold candidates of at least one token each, got "
                 f"lengths {[len(ids) for ids in group.candidate_ids]}"
+            )
+        if group.scores and len(group.scores) != group.num_candidates:
+            raise ValueError(
+                f"row {group.row_id!r} must have one score, or None, for each of its "
+                f"{group.num_candidates} candidates, got {len(group.scores)}"
+            )
+        if (group.mismatched_ids is None) != (groups[0].mismatched_ids is None):
+            raise ValueError(
+                "either every group of a batch has a mismatched completion or none, got rows "
+                f"{groups[0].row_id!r} and {group.row_id!r}; call with_mismatched on all groups"
             )

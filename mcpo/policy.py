@@ -68,14 +68,18 @@ class ScoringHead(nn.Linear):
         """Logits of ``input``, or the [S] summed log-probabilities of ``batch``'s targets."""
         if batch is None:
             return F.linear(input, self.weight, self.bias)
-        dtype = _compute_dtype(input)
+        dtype = compute_dtype(input)
+        return self.score(input.to(dtype), self.weight.to(dtype), batch)
+
+    def score(self, hidden_ND: Tensor, weight_VD: Tensor, batch: PackedBatch) -> Tensor:
+        """[S] the fused op with this head's bias, scaling and implementation."""
         return sequence_logprobs(
-            input.to(dtype),
-            self.weight.to(dtype),
+            hidden_ND,
+            weight_VD,
             batch.target_N,
             batch.seq_of_N,
             batch.num_seqs,
-            bias=self._bias_to(dtype),
+            bias=self._bias_to(hidden_ND.dtype),
             softcap=self.scaling.softcap,
             scale=self.scaling.scale,
             impl=self.impl,
@@ -119,8 +123,10 @@ class Policy(nn.Module):
         packs: bool = True,
     ) -> None:
         super().__init__()
-        projection = model.get_output_embeddings()
-        if not isinstance(projection, nn.Linear):
+        projection: Any = model.get_output_embeddings()
+        # What an adapter of the head stands around, or the head itself.
+        linear = getattr(projection, "base_layer", projection)
+        if not isinstance(linear, nn.Linear):
             raise ValueError(
                 "the model must end in a linear output projection to be scored, got "
                 f"{type(projection).__name__} in {type(model).__name__}"
@@ -130,8 +136,13 @@ class Policy(nn.Module):
         self.plain_attention = (
             use_packed_attention(model) if packs else attention_of(model) or "eager"
         )
-        scaling = HeadScaling.of(model.config)
-        model.set_output_embeddings(ScoringHead(projection, scaling, head_impl))
+        head: nn.Module = ScoringHead(linear, HeadScaling.of(model.config), head_impl)
+        if linear is not projection:
+            # It needs peft, which is there if there are adapters.
+            from mcpo.adapted_head import AdaptedHead
+
+            head = AdaptedHead.of(projection, head)
+        model.set_output_embeddings(head)
         disable_dropout(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
@@ -176,8 +187,7 @@ class Policy(nn.Module):
         ):
             with nullcontext() if recompute is None else recompute.recording():
                 hidden_ND = self.scored_hidden(batch)
-            head = self.model.get_output_embeddings()
-            assert isinstance(head, ScoringHead)
+            head: Any = self.model.get_output_embeddings()
             return head(hidden_ND, batch)
 
     def scored_hidden(self, batch: PackedBatch) -> Tensor:
@@ -221,6 +231,12 @@ def group_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
     return logp_PC.masked_fill(~batch.mask_PC, 0.0)
 
 
+def mismatched_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
+    """[P] the log-probabilities of the mismatched completions of a batch that has them."""
+    assert batch.mismatched_P is not None
+    return logp_S[batch.mismatched_P]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in modules and where attention layers read it."""
     for module in model.modules():
@@ -231,7 +247,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on, else the dtype of the hidden states."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):

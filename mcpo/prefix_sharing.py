@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mcpo.config import Config
 from mcpo.engine import Engine
 from mcpo.placement import Placement
-from mcpo.policy import Policy, ScoringHead
+from mcpo.policy import Policy
 from mcpo.records import TokenizedGroup
 from mcpo.self_check import check_packing
 from mcpo_kernels.integrations.packable import longest_span, probe
@@ -82,6 +82,11 @@ def settle(
         console.print(f"prefix_sharing: {config.model.prefix_sharing}: {how}", soft_wrap=True)
         return config, rounding
     refuse_if_asked_for(config, reason)
+    if engine.lockstep:
+        raise ValueError(
+            "an engine that shards weights needs a model that can be packed, because its ranks "
+            f"must make the same number of forwards: {reason}; use engine: ddp"
+        )
     console.print(
         f"prefix_sharing: {config.model.prefix_sharing}: one sequence per row, with the model's "
         f"own attention, because {reason}",
@@ -115,9 +120,8 @@ def _checked(
 def made_up_group(policy: Policy) -> TokenizedGroup:
     """Random tokens; longer than the model's windows, up to ``MOST_MADE_UP_TOKENS``."""
     draw = random.Random(0)
-    head = policy.model.get_output_embeddings()
-    assert isinstance(head, ScoringHead)
-    num_vocab = head.out_features
+    # Of a linear layer, with or without an adapter.
+    num_vocab: int = getattr(policy.model.get_output_embeddings(), "out_features")  # noqa: B009
     most = min(longest_span(policy.model), MOST_MADE_UP_TOKENS)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mcpo.config import DataConfig, KernelConfig
+from mcpo.config import Config, DataConfig, KernelConfig
 from mcpo.data.mixture import SourceSpec
 from mcpo.data.rows import RowOptions, load_rows
 from mcpo.findings import describe
+from mcpo.losses import LOSSES
+from mcpo.mismatched import with_mismatched
 from mcpo.records import TokenizedGroup
 from mcpo.static_negatives import check_external_scores, fix_negatives
 from mcpo.tokens import TokenConfig, tokenize
@@ -72,6 +74,25 @@ def load_groups(
     if held_out:
         report += f"\nheld out: {eval_report}"
     return Groups(train=train, held_out=held_out, report=report)
+
+
+def for_losses(groups: Groups, config: Config) -> Groups:
+    """Training groups with what the losses need of them: mismatched completions, for ``kto``.
+
+    Raises:
+        ValueError: a loss needs scores and a row has none, or ``kto`` has a single row.
+    """
+    bare = [group.row_id for group in groups.train if None in (group.scores or (None,))]
+    for name in config.loss.loss_type:
+        if LOSSES[name].ratings and bare:
+            raise ValueError(
+                f"{name} needs a score of every completion (ranks are no scores, and a noise "
+                f"candidate has none), and {len(bare)} of {len(groups.train)} rows lack them, row "
+                f"{bare[0]!r} first; add them to the data, or take a loss without ratings"
+            )
+    if "kto" not in config.loss.loss_type:
+        return groups
+    return replace(groups, train=with_mismatched(groups.train, config.data.max_length))
 
 
 def _refuse_leakage(train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup]) -> None:

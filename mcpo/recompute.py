@@ -26,13 +26,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config, ModelConfig
+from mcpo.engine.choose import bytes_per_parameter
 from mcpo.lazy_chains import largest_visit, most_visited
 from mcpo.pack import packed_length
 from mcpo.records import TokenizedGroup
+from mcpo.reference import resolved_kind
 from mcpo_kernels.integrations.transformers import checkpointed_layers
 
-# Bytes a float32 parameter takes while training: itself, its gradient, and AdamW's two moments.
-BYTES_PER_PARAMETER = 16
+# Of a float32 parameter that is not trained.
+BYTES_FROZEN = 4
 # The estimate of activations is right to a factor of two, by test.
 SAFETY = 2
 # Of a row with gradient, "light" computes again what is not a product, about a tenth of the work
@@ -54,6 +56,7 @@ def resolve_recompute(
     memory: int,
     *,
     packs: bool = True,
+    state: float | None = None,
 ) -> Recompute:
     """The mode of a run, and why.
 
@@ -65,13 +68,16 @@ def resolve_recompute(
             resumed run resolves alike.
         packs: whether the model takes packed rows. If not, ``config`` shares no prompts either,
             and there are two modes: "none", and "full" by transformers' own means.
+        state: ``state_bytes`` of the run; None: of one process with whole weights.
 
     Raises:
         ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
+    if state is None:
+        state = state_bytes(config, model)
     if not packs:
-        return _resolve_plain(asked, config, groups, model, memory)
+        return _resolve_plain(asked, config, groups, model, memory, state)
     if asked != "auto":
         return Recompute(asked, "it was given")
     try:
@@ -86,7 +92,7 @@ def resolve_recompute(
         num_scored=most_visited(kernel) if kernel.scoring == "lazy" else None,
     )
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
-    fits, sizes = _fits(plenty, config, groups, model, memory)
+    fits, sizes = _fits(plenty, config, groups, model, memory, state)
     if not fits:
         return Recompute("selective", f"auto: {plenty!r} does not fit, {sizes}")
     return Recompute(plenty, f"auto: {share:.0%} of the tokens have a gradient, {sizes}")
@@ -98,6 +104,7 @@ def _resolve_plain(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
+    state: float,
 ) -> Recompute:
     """Of a model that takes one sequence per row."""
     able = model.supports_gradient_checkpointing
@@ -112,20 +119,36 @@ def _resolve_plain(
             )
         reason = f"{asked!r} was given, and one sequence per row leaves no rows to choose among"
         return Recompute("full", reason)
-    fits, sizes = _fits("none", config, groups, model, memory)
+    fits, sizes = _fits("none", config, groups, model, memory, state)
     if fits or not able:
         return Recompute("none", f"auto: one sequence per row, {sizes}")
     return Recompute("full", f"auto: 'none' does not fit, {sizes}")
 
 
 def _fits(
-    mode: str, config: Config, groups: Sequence[TokenizedGroup], model: PreTrainedModel, memory: int
+    mode: str,
+    config: Config,
+    groups: Sequence[TokenizedGroup],
+    model: PreTrainedModel,
+    memory: int,
+    state: float,
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
-    state = model.num_parameters() * BYTES_PER_PARAMETER
     tokens = largest_micro_batch(config, groups)
     needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
+
+
+def state_bytes(
+    config: Config, model: PreTrainedModel, engine: str = "single", num_ranks: int = 1
+) -> float:
+    """What a process holds of weights, gradients and moments, and of a reference that is a copy."""
+    every = model.num_parameters()
+    trained = model.num_parameters(only_trainable=True)
+    copied = 0 if config.adapter.adapts or resolved_kind(config) != "live" else every
+    return bytes_per_parameter(config.scale, engine, num_ranks) * trained + BYTES_FROZEN * (
+        every - trained + copied
+    )
 
 
 def asked_mode(config: ModelConfig) -> str:

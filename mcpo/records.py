@@ -8,7 +8,7 @@ Candidate 0 is always the chosen one; candidates 1.. are the dispreferred pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -69,11 +69,20 @@ class TokenizedGroup:
     """What the row says of each candidate, larger is better; () where it says nothing at all."""
     columns: tuple[int, ...] = ()
     """Which candidates of the row these are, where they are not all; () where they are."""
+    mismatched_ids: tuple[int, ...] | None = None
+    """A completion of another prompt, scored along for ``kto``; no candidate, never drawn."""
 
     @property
     def num_candidates(self) -> int:
         """The chosen completion and its pool."""
         return len(self.candidate_ids)
+
+    @property
+    def scored_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Every completion that is scored: the candidates, then the mismatched one if any."""
+        if self.mismatched_ids is None:
+            return self.candidate_ids
+        return (*self.candidate_ids, self.mismatched_ids)
 
     def only(self, columns: Sequence[int]) -> TokenizedGroup:
         """The same row with some of its candidates; column 0 must come first."""
@@ -118,14 +127,26 @@ class PackedBatch:
     length_PC: Tensor
     """[P, C] int64, completion tokens of each candidate; 1 where ``mask_PC`` is False."""
     external_score_PC: Tensor
-    """[P, C] float32, the scores of the rows; NaN where a row has none."""
+    """[P, C] float64, the scores of the rows; NaN where a row has none."""
     columns: tuple[tuple[int, ...], ...]
     """Of each prompt the candidates that these are, in its row."""
+    mismatched_P: Tensor | None = None
+    """[P] int64, the sequence of each prompt's mismatched completion; None unless all have one."""
 
     @property
     def num_prompts(self) -> int:
         """P."""
         return len(self.row_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baselines:
+    """Rewards that others are judged against: means over earlier steps, without gradient."""
+
+    delta: float = 0.0
+    """Of ``bco``: the mean reward of chosen and rejected completions."""
+    z0: float = 0.0
+    """Of ``kto``: the mean reward of mismatched completions, at least 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,3 +168,10 @@ class ScoredBatch:
     """[P, M] int64 in [1, C), columns drawn from the pool."""
     negative_mask_PM: Tensor
     """[P, M] bool, False where the pool was too small for another draw without replacement."""
+    mean_chosen_length: float | None = None
+    """Completion tokens of the chosen over the whole step, divided by its prompts; a sum of logp of
+    the chosen divided by it is, in the mean over prompts, the mean over tokens."""
+    rating_PC: Tensor | None = None
+    """[P, C] as in the batch."""
+    baselines: Baselines = field(default_factory=Baselines)
+    """Those that hold in this step."""

@@ -38,6 +38,7 @@ class ReferenceLogps:
     """Reference log-probabilities by row id."""
 
     logps: Mapping[str, tuple[float, ...]]
+    """Of the candidates, then of the mismatched completion where a group has one."""
 
     def of(self, batch: PackedBatch) -> Tensor:
         """[P, C] float32 in the order of the batch; 0 where there is no candidate."""
@@ -46,6 +47,13 @@ class ReferenceLogps:
             values = [self.logps[row_id][column] for column in batch.columns[prompt]]
             ref_logp_PC[prompt, : len(values)] = torch.tensor(values)
         return ref_logp_PC.to(batch.mask_PC.device)
+
+    def with_mismatched(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The same, and [P] float32 of mismatched completions; None for a batch without."""
+        if batch.mismatched_P is None:
+            return self.of(batch), None
+        last_P = torch.tensor([self.logps[row_id][-1] for row_id in batch.row_ids])
+        return self.of(batch), last_P.to(batch.mask_PC.device)
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -150,10 +158,18 @@ def verified(folder: Path, groups: Sequence[TokenizedGroup]) -> ReferenceLogps:
     return ReferenceLogps(logps=logps)
 
 
-def unpack(logp_PC: Tensor, batch: PackedBatch) -> list[list[float]]:
-    """The log-probabilities of each prompt's candidates, as floats, without the padding."""
+def unpack(
+    logp_PC: Tensor, batch: PackedBatch, mismatched_P: Tensor | None = None
+) -> list[list[float]]:
+    """The log-probabilities of each prompt's candidates, as floats, without the padding.
+
+    Those of mismatched completions go behind them.
+    """
     counts = batch.mask_PC.sum(dim=1).tolist()
-    return [row[:count] for row, count in zip(logp_PC.tolist(), counts, strict=True)]
+    rows = [row[:count] for row, count in zip(logp_PC.tolist(), counts, strict=True)]
+    if mismatched_P is None:
+        return rows
+    return [[*row, last] for row, last in zip(rows, mismatched_P.tolist(), strict=True)]
 
 
 def _key(group: TokenizedGroup) -> Key:
@@ -161,7 +177,7 @@ def _key(group: TokenizedGroup) -> Key:
 
 
 def _present(group: TokenizedGroup, have: Mapping[Key, tuple[float, ...]]) -> bool:
-    return len(have.get(_key(group), ())) == group.num_candidates
+    return len(have.get(_key(group), ())) == len(group.scored_ids)
 
 
 def _absent(folder: Path, group: TokenizedGroup, have: Mapping[Key, tuple[float, ...]]) -> str:
@@ -178,5 +194,5 @@ def _absent(folder: Path, group: TokenizedGroup, have: Mapping[Key, tuple[float,
         )
     return (
         f"the reference cache {folder} must hold row {row_id!r} with its token hash and "
-        f"{group.num_candidates} log-probs, got {got}"
+        f"{len(group.scored_ids)} log-probs, got {got}"
     )

@@ -1,4 +1,4 @@
-"""The reference pass of a run: every candidate scored once by the policy as it was loaded."""
+"""The reference of a run: as a rule every candidate scored once by the policy as it was loaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from rich.console import Console
 from mcpo import reference_cache
 from mcpo.config import Config
 from mcpo.engine import Engine
-from mcpo.losses import dpo, loss_named
+from mcpo.losses import loss_named
 from mcpo.pack import move, pack, split_by_budget
-from mcpo.policy import group_logps
+from mcpo.policy import group_logps, mismatched_logps
 from mcpo.prepare import Groups
 from mcpo.progress import progress
 from mcpo.records import PackedBatch, TokenizedGroup
+from mcpo.reference import (
+    NoReference,
+    Reference,
+    ReferenceSync,
+    as_it_began,
+    described,
+    live_reference,
+    resolved_kind,
+)
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.self_check import check_reference
 from mcpo_kernels import resolve
@@ -27,7 +36,7 @@ from mcpo_kernels import resolve
 NUM_CHECKED_GROUPS = 4
 
 
-def reference_logps(
+def make_reference(
     engine: Engine,
     groups: Groups,
     config: Config,
@@ -35,28 +44,61 @@ def reference_logps(
     *,
     weights: str,
     rounding: float,
-) -> ReferenceLogps:
-    """Compute or find the reference log-probs of all groups, then check them against the policy.
+) -> tuple[Reference, ReferenceSync | None]:
+    """The reference of the kind that is asked for, checked against the policy, and what moves it.
 
     To be called before the first update, while the policy still is the reference, whose hash
-    ``weights`` is. Ranks share the work through the cache folder. ``rounding`` is the model's, as
-    the check of packing measured it.
+    ``weights`` is. ``rounding`` is the model's, as the check of packing measured it.
 
     Raises:
-        ValueError: the check fails, or the cache cannot be used.
+        ValueError: the check fails, the cache cannot be used, or a kind is asked for that the run
+            cannot have.
+    """
+    kind = resolved_kind(config)
+    if kind == "none":
+        console.print("reference: none, the loss and the score need none")
+        return NoReference(), None
+    sync = None
+    if kind == "live":
+        reference, sync = live_reference(engine.policy, config)
+        moves = f"synced every {sync.steps} steps" if sync else "frozen"
+        console.print(f"reference: live, {moves}")
+    else:
+        reference = reference_logps(engine, groups, config, console, weights=weights)
+    if config.run.self_check:
+        _self_check(engine, groups, reference, config, console, rounding=rounding)
+    return reference, sync
+
+
+def reference_logps(
+    engine: Engine, groups: Groups, config: Config, console: Console, *, weights: str
+) -> ReferenceLogps:
+    """Compute or find the reference log-probs of all groups.
+
+    Ranks share the work through the cache folder.
+
+    Raises:
+        ValueError: the cache cannot be used.
     """
     every = (*groups.train, *groups.held_out)
     share = config.model.shares_prefixes
     batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
     folder = _folder(engine, config, weights)
+    began = as_it_began(engine.policy, config)
 
     @torch.no_grad()
     def score(some: Sequence[TokenizedGroup]) -> list[list[float]]:
         batch = move(pack(some, share_prefix=share), engine.device)
-        return reference_cache.unpack(group_logps(engine.policy(batch), batch), batch)
+        with began():
+            logp_S = engine.policy(batch)
+        mismatched_P = None if batch.mismatched_P is None else mismatched_logps(logp_S, batch)
+        return reference_cache.unpack(group_logps(logp_S, batch), batch, mismatched_P)
 
     mine = len(batches[engine.rank :: engine.world_size])
-    with progress(console, "reference", mine, quiet=engine.rank != 0) as advance:
+    with (
+        progress(console, "reference", mine, quiet=engine.rank != 0) as advance,
+        engine.together(),
+    ):
         computed = reference_cache.complete(
             folder,
             batches,
@@ -69,10 +111,7 @@ def reference_logps(
     console.print(
         f"reference log-probs: {'computed' if computed else 'found'} in {folder}", soft_wrap=True
     )
-    references = reference_cache.verified(folder, every)
-    if config.run.self_check:
-        _self_check(engine, groups, references, config, console, rounding=rounding)
-    return references
+    return reference_cache.verified(folder, every)
 
 
 def packed_batches(
@@ -102,6 +141,7 @@ def _folder(engine: Engine, config: Config, weights: str) -> Path:
         "head_impl": resolve(config.model.head_impl, engine.device, dtype).impl.value,
         "attention_impl": config.model.attention_impl,
         "reduction": "sum",
+        **described(policy, config),
     }
     root = config.run.reference_cache_dir
     key = reference_cache.cache_key(weights, settings)
@@ -111,23 +151,24 @@ def _folder(engine: Engine, config: Config, weights: str) -> Path:
 def _self_check(
     engine: Engine,
     groups: Groups,
-    references: ReferenceLogps,
+    reference: Reference,
     config: Config,
     console: Console,
     *,
     rounding: float,
 ) -> None:
     checked = packed_batches(groups.train[:NUM_CHECKED_GROUPS], config, engine.device)
-    loss = loss_named(config.loss.loss_type)
+    # What else is minimised, the log-ratios that it is a function of are checked all the same.
+    name = config.loss.loss_type[0] if config.loss.loss_type in (("dpo",), ("mcpo",)) else "mcpo"
     gap = check_reference(
         engine.policy,
         checked,
-        references,
+        reference,
         beta=config.loss.beta,
         rounding=rounding,
         # dpo is a mean over pairs: it contrasts one negative at a time.
-        num_negatives=1 if loss is dpo else config.kernel.num_negatives,
-        loss=lambda scored: loss(scored, config.loss),
+        num_negatives=1 if name == "dpo" else config.kernel.num_negatives,
+        loss=lambda scored: loss_named(name)(scored, config.loss),
     )
     console.print(
         f"self-check passed: log-probs are the model's own but for rounding, {rounding:.1e} nats "

@@ -17,36 +17,37 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from mcpo import checkpoint
+from mcpo.adapters import attach
 from mcpo.checkpoint import TrainState
 from mcpo.cli import to_flat
 from mcpo.config import Config
 from mcpo.dry_run import describe
 from mcpo.encode import make_encoder
-from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank
-from mcpo.engine.ddp import DDPEngine, join_process_group
-from mcpo.engine.single import SingleEngine
+from mcpo.engine import Engine, launched_by_torchrun, local_rank, local_world_size, rank, world_size
+from mcpo.engine.choose import LOADED_ONCE, check_combination, engine_name, make_engine
+from mcpo.engine.ranks import join_process_group
 from mcpo.evaluate.heldout import decode
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
 from mcpo.lazy_chains import LazyChains
 from mcpo.loop import Job, count_steps, train
-from mcpo.losses import loss_named
 from mcpo.metrics import Track, tracker
 from mcpo.models import load_model
-from mcpo.optimizer import build_optimizer, build_schedule
+from mcpo.optimizer import build_schedule
 from mcpo.placement import Placement, place
 from mcpo.prefix_sharing import make_policy, settle
-from mcpo.prepare import Groups, load_groups
-from mcpo.recompute import device_memory, resolve_recompute
-from mcpo.reference_cache import weights_hash
-from mcpo.reference_pass import packed_batches, reference_logps
+from mcpo.prepare import Groups, for_losses, load_groups
+from mcpo.recompute import device_memory, resolve_recompute, state_bytes
+from mcpo.reference import keeps_adapter, reference_weights, resolved_kind
+from mcpo.reference_cache import ReferenceLogps, weights_hash
+from mcpo.reference_pass import make_reference, packed_batches
 from mcpo.summary import finish
 from mcpo_kernels import resolve
 from mcpo_kernels.prefix_attention.choose import resolve_attention
 from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 # What a run leaves in its folder, besides checkpoints: when it is done, and on the way.
-RESULTS = ("model", "summary.json", "curves.png")
+RESULTS = ("model", "merged", "summary.json", "curves.png")
 RECORDS = ("metrics.jsonl", "heldout_before.jsonl", "heldout_after.jsonl")
 
 
@@ -62,9 +63,10 @@ def run(config: Config) -> None:
         NonFiniteError: a loss or gradient is not finite.
     """
     _be_quiet()
-    loss_named(config.loss.loss_type)
+    resolved_kind(config)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_impls(config, placement)
+    check_combination(config, engine_name(config.scale))
     console = Console(quiet=rank() != 0, highlight=False)
     console.print(placement.reason, soft_wrap=True)
     items = load_items(Path(config.run.heldout_prompts)) if config.run.heldout_prompts else ()
@@ -76,7 +78,7 @@ def run(config: Config) -> None:
     if distributed:
         join_process_group(placement.device)
     try:
-        _run(config, placement, items, console, distributed=distributed)
+        _run(config, placement, items, console)
     finally:
         if distributed:
             torch.distributed.destroy_process_group()
@@ -87,24 +89,33 @@ def _run(
     placement: Placement,
     items: Sequence[VerifiableItem],
     console: Console,
-    *,
-    distributed: bool,
 ) -> None:
     began = time.monotonic()
-    model, tokenizer = load_model(config.model.model_name_or_path, dtype=torch.float32)
+    name = engine_name(config.scale)
+    model, tokenizer = load_model(
+        config.model.model_name_or_path,
+        dtype=torch.float32,
+        empty=name in LOADED_ONCE and rank() > 0,
+    )
+    if config.adapter.adapts:
+        attach(model, config.adapter, seed=config.run.seed, keep_reference=keeps_adapter(config))
     groups = load_groups(config.data, tokenizer, config.run.seed, config.kernel)
+    groups = for_losses(groups, config)
     console.print(groups.report, soft_wrap=True)
     policy, unpackable = make_policy(model, config, placement)
-    policy.to(placement.device).train()
-    optimizer = build_optimizer(policy, config.optim)
-    engine: Engine = (
-        DDPEngine(policy, optimizer, placement.device)
-        if distributed
-        else SingleEngine(policy, optimizer, placement.device)
-    )
+    # Counted now: what a sharded weight says of its size is an engine's own affair.
+    state = state_bytes(config, model, name, world_size())
+    engine = make_engine(name, policy, config, placement.device)
     config, rounding = settle(engine, groups.train, config, console, unpackable)
     memory = device_memory(placement.device, local_world_size())
-    recompute = resolve_recompute(config, groups.train, model, memory, packs=policy.packs)
+    recompute = resolve_recompute(
+        config,
+        groups.train,
+        model,
+        memory,
+        packs=policy.packs,
+        state=state,
+    )
     policy.set_recompute(recompute.mode)
     console.print(f"recompute {recompute.mode}: {recompute.reason}", soft_wrap=True)
     job, found, track = _prepare(config, engine, tokenizer, groups, console, rounding=rounding)
@@ -139,16 +150,19 @@ def _prepare(
     total_steps = count_steps(config.optim, len(groups.train), engine.world_size)
     schedule = build_schedule(engine.optimizer, config.optim, total_steps)
     # Hashed once, while the policy still is the reference.
-    weights = weights_hash(engine.policy.model.state_dict())
+    began_as = reference_weights(engine.policy, config) if config.adapter.adapts else None
+    weights = weights_hash(began_as or engine.whole_state())
     identity = identity_of(engine, groups.train, config, weights)
     found = _checkpoint_to_resume(config, engine, identity, console)
     if found is None:
         _clear_output_dir(config, engine)
     track = tracker(config.run, to_flat(config)) if engine.rank == 0 else _track_nothing
-    references = reference_logps(
+    reference, sync = make_reference(
         engine, groups, config, console, weights=weights, rounding=rounding
     )
-    lazy = config.kernel.scoring == "lazy"
+    chains = None
+    if isinstance(reference, ReferenceLogps) and config.kernel.scoring == "lazy":
+        chains = LazyChains(groups.train, reference, config)
     job = Job(
         config=config,
         engine=engine,
@@ -156,11 +170,12 @@ def _prepare(
         schedule=schedule,
         train_groups=groups.train,
         eval_batches=packed_batches(groups.held_out, config, engine.device),
-        references=references,
+        references=reference,
+        reference_sync=sync,
         total_steps=total_steps,
         identity=identity,
         console=console,
-        chains=LazyChains(groups.train, references, config) if lazy else None,
+        chains=chains,
     )
     return job, found, track
 
@@ -196,23 +211,33 @@ def _load(job: Job, folder: Path | None) -> TrainState:
     """Step 0, or where the checkpoint stands, with weights, optimizer and schedule loaded."""
     if folder is None:
         return TrainState(step=0, wall_s=0.0, num_tokens=0.0, identity=dict(job.identity))
-    checkpoint.load_weights(folder, job.engine.policy.model)
+    job.engine.load(folder)
     training = checkpoint.load_training(folder)
-    job.engine.optimizer.load_state_dict(training["optimizer"])
     job.schedule.load_state_dict(training["schedule"])
+    job.baselines.load_state_dict(training["baselines"])
     if job.chains:
         job.chains.load_state_dict(training["chains"])
+    if job.reference_sync:
+        job.reference_sync.load_state_dict(training["reference"])
+    # A sharded optimizer comes back without its options, which but for this one are the run's.
+    for group, rate in zip(
+        job.engine.optimizer.param_groups, job.schedule.get_last_lr(), strict=True
+    ):
+        group["lr"] = rate
     job.console.print(f"resumed from {folder}", soft_wrap=True)
     return checkpoint.read_state(folder)
 
 
 def _save_final(job: Job) -> None:
-    """Write the trained model to ``output_dir/model`` from the first rank."""
-    if job.is_main:
-        folder = job.output_dir / "model"
-        checkpoint.save_model(job.engine.policy.model, job.tokenizer, folder)
-        job.console.print(f"model saved in {folder}", soft_wrap=True)
-    job.engine.barrier()
+    """Write the trained model to ``output_dir/model``, all ranks together."""
+    folder = job.output_dir / "model"
+    checkpoint.save_model(job.engine, job.tokenizer, folder)
+    what = "adapter" if job.config.adapter.adapts else "model"
+    job.console.print(f"{what} saved in {folder}", soft_wrap=True)
+    if job.config.adapter.merge_adapter:
+        merged = job.output_dir / "merged"
+        checkpoint.save_merged(job.engine, job.tokenizer, merged)
+        job.console.print(f"merged model saved in {merged}", soft_wrap=True)
 
 
 def _check_output_dir(config: Config) -> None:
@@ -252,8 +277,9 @@ def _clear_output_dir(config: Config, engine: Engine) -> None:
     if engine.rank == 0:
         while found := checkpoint.newest(output_dir):
             shutil.rmtree(found)
-        shutil.rmtree(output_dir / "model", ignore_errors=True)
-        for name in (*RESULTS[1:], *RECORDS):
+        for name in RESULTS[:2]:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        for name in (*RESULTS[2:], *RECORDS):
             (output_dir / name).unlink(missing_ok=True)
     engine.barrier()
 

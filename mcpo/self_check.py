@@ -23,7 +23,7 @@ from mcpo.losses import mcpo
 from mcpo.pack import move, pack
 from mcpo.policy import Policy, group_logps, unpacked
 from mcpo.records import PackedBatch, ScoredBatch, TokenizedGroup
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference
 from mcpo_kernels.integrations.packable import longest_span
 
 # A float32 log-probability passes some hundred roundings, each at most half a unit in the last
@@ -141,7 +141,7 @@ def _target_logps(logit_LV: Tensor, target_L: Tensor) -> Tensor:
 def check_reference(
     policy: Policy,
     batches: Sequence[PackedBatch],
-    references: ReferenceLogps,
+    references: Reference,
     *,
     beta: float,
     rounding: float,
@@ -153,7 +153,7 @@ def check_reference(
     Args:
         policy: as it starts.
         batches: packed as in training, on the policy's device.
-        references: from the cache.
+        references: from the cache, or live.
         beta: of the loss.
         rounding: what ``check_packing`` returned.
         num_negatives: M, how many negatives the loss contrasts at once with the chosen completion;
@@ -207,7 +207,7 @@ def _worst_row(
 def _cause(
     policy: Policy,
     batches: Sequence[PackedBatch],
-    references: ReferenceLogps,
+    references: Reference,
     ratios: Sequence[Tensor],
     bands: Sequence[Tensor],
 ) -> str:
@@ -310,7 +310,7 @@ def _longest_candidates(group: TokenizedGroup) -> TokenizedGroup:
         if len(kept) >= 2 and used > TOKENS_PER_GROUP:
             break
         kept.append(ids)
-    return replace(group, candidate_ids=tuple(kept))
+    return replace(group, candidate_ids=tuple(kept), scores=(), columns=(), mismatched_ids=None)
 
 
 def _plain_tokens(group: TokenizedGroup) -> int:

@@ -2,21 +2,22 @@
 
 The loss of a step is the sum over its prompts divided by their number in the whole step, so batch
 size, accumulation, token budget and world size change the schedule of the work and not the update.
+Means over tokens, and what losses of earlier steps left behind, are of whole steps too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mcpo.config import Config
+from mcpo.config import Config, LossConfig
 from mcpo.engine import Engine
 from mcpo.lazy_chains import LazyChains
-from mcpo.losses import loss_named, rewards
+from mcpo.losses import over_pool, reaches_pool, rewards, terms_of
 from mcpo.mc_kernel import (
     Draw,
     LazyBatch,
@@ -27,9 +28,9 @@ from mcpo.mc_kernel import (
     sample_negatives,
 )
 from mcpo.mc_kernel.lazy import audit, with_fresh
-from mcpo.policy import group_logps
-from mcpo.records import PackedBatch, ScoredBatch
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.policy import group_logps, mismatched_logps
+from mcpo.records import Baselines, PackedBatch, ScoredBatch
+from mcpo.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,10 @@ class StepWork:
     """Of the whole step: all micro-batches of all ranks."""
     weight: float = 1.0
     """0 for a rank without prompts in this step, which runs along so that no rank waits for it."""
+    chosen_tokens: int | None = None
+    """Completion tokens of the chosen of the whole step; losses with an NLL need it."""
+    baselines: Baselines = field(default_factory=Baselines)
+    """What ``bco`` and ``kto`` judge rewards against."""
     rows: tuple[int, ...] = ()
     """The groups of the whole step, by number."""
     visits: tuple[LazyBatch, ...] = ()
@@ -55,24 +60,38 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is not finite; the message names the rows."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoss:
+    """Stages 4 to 7 of one micro-batch."""
+
+    loss_P: Tensor
+    """The weighted sum of ``terms``."""
+    terms: dict[str, Tensor]
+    """[P] each loss of the sum, by name and without its weight."""
+    scored: ScoredBatch
+    draw: Draw
+    mismatched_P: Tensor | None
+    """[P] log-ratios of mismatched completions, without gradient; None where there are none."""
+
+
 def loss_on_batch(
     engine: Engine,
     batch: PackedBatch,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
-    step: int,
+    work: StepWork,
     lazy: LazyBatch | None = None,
-) -> tuple[Tensor, ScoredBatch, Draw]:
-    """Stages 4 to 7 on one micro-batch: the [P] losses, and what they were computed from.
+) -> BatchLoss:
+    """Stages 4 to 7 on one micro-batch of ``work``.
 
     ``lazy`` is what the chains bring to it, where they chose its candidates.
     """
     # Made before the forward is queued: a copy to the device behind it would wait for it.
-    ref_logp_PC = references.of(batch)
+    ref_logp_PC, ref_mismatched_P = references.with_mismatched(batch)
     if lazy is None:
         noise_PDC = gumbel_noise(
             config.run.seed,
-            step,
+            work.step,
             batch.row_ids,
             num_draws=draws_needed(config.kernel),
             num_candidates=batch.mask_PC.shape[1],
@@ -81,11 +100,12 @@ def loss_on_batch(
     else:
         draw_from = partial(lazy_draw, lazy=lazy, config=config.kernel)
     recompute = engine.policy.recompute_of(batch)
-    logp_PC = group_logps(engine(batch, recompute), batch)
+    logp_S = engine(batch, recompute)
+    logp_PC = group_logps(logp_S, batch)
     score_PC = _scores(batch, logp_PC, ref_logp_PC, config)
     draw = draw_from(score_PC, batch.mask_PC)
     if recompute is not None and engine.policy.recompute != "full":
-        recompute.choose(segments_with_gradient(batch, draw))
+        recompute.choose(segments_with_gradient(batch, draw, pool=reaches_pool(config.loss)))
     scored = ScoredBatch(
         logp_PC=logp_PC,
         ref_logp_PC=ref_logp_PC,
@@ -93,8 +113,23 @@ def loss_on_batch(
         mask_PC=batch.mask_PC,
         negative_PM=draw.negative_PM,
         negative_mask_PM=draw.mask_PM,
+        mean_chosen_length=work.chosen_tokens and work.chosen_tokens / work.num_prompts,
+        rating_PC=batch.external_score_PC,
+        baselines=work.baselines,
     )
-    return loss_named(config.loss.loss_type)(scored, config.loss), scored, draw
+    if config.loss.augmented:
+        scored = over_pool(scored)
+    terms = terms_of(config.loss)
+    values = {term.name: term.loss(scored, config.loss) for term in terms}
+    return BatchLoss(
+        loss_P=torch.stack([term.weight * values[term.name] for term in terms]).sum(dim=0),
+        terms=values,
+        scored=scored,
+        draw=draw,
+        mismatched_P=None
+        if ref_mismatched_P is None
+        else mismatched_logps(logp_S.detach(), batch) - ref_mismatched_P,
+    )
 
 
 def _scores(batch: PackedBatch, logp_PC: Tensor, ref_logp_PC: Tensor, config: Config) -> Tensor:
@@ -109,11 +144,13 @@ def _scores(batch: PackedBatch, logp_PC: Tensor, ref_logp_PC: Tensor, config: Co
     )
 
 
-def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
-    """The chosen and the drawn candidates, the only ones a loss may depend on.
+def segments_with_gradient(batch: PackedBatch, draw: Draw, *, pool: bool = False) -> list[int]:
+    """The chosen and the drawn candidates, or all of them, the only ones a loss may depend on.
 
     Which rows a backward has decides its shapes, so the host waits for the draw here.
     """
+    if pool:
+        return [batch.segment_of_S[seq] for seq in batch.seq_of_PC[batch.mask_PC].tolist()]
     chosen_P1 = batch.seq_of_PC[:, :1]
     drawn_PM = batch.seq_of_PC.gather(1, draw.negative_PM).where(draw.mask_PM, chosen_P1)
     seqs = torch.cat([chosen_P1, drawn_PM], dim=1).flatten().tolist()
@@ -123,7 +160,7 @@ def segments_with_gradient(batch: PackedBatch, draw: Draw) -> list[int]:
 def train_step(
     engine: Engine,
     work: StepWork,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
     chains: LazyChains | None = None,
 ) -> dict[str, float]:
@@ -137,23 +174,22 @@ def train_step(
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     for batch, lazy in work.audits:
-        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work)
-    for number, batch in enumerate(work.batches, start=1):
-        lazy = work.visits[number - 1] if work.visits else None
-        with engine.micro_step(last=number == len(work.batches)):
-            loss_P, scored, draw = loss_on_batch(engine, batch, references, config, work.step, lazy)
-            engine.backward(loss_P.sum() * (work.weight / work.num_prompts))
-        losses.append(loss_P.detach())
-        _add(totals, prompt_metrics(loss_P, scored, draw, config.loss.beta), work)
-        if chains and lazy and work.weight:
+        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work.weight)
+    rounds = engine.rounds(len(work.batches))
+    for number, (batch, lazy, weight) in enumerate(weighted(work, rounds), start=1):
+        with engine.micro_step(last=number == rounds):
+            found = loss_on_batch(engine, batch, references, config, work, lazy)
+            engine.backward(found.loss_P.sum() * (weight / work.num_prompts))
+        losses.append(found.loss_P.detach())
+        values = prompt_metrics(found.loss_P, found.scored, found.draw, config.loss.beta)
+        _add(totals, values | loss_metrics(found, config.loss), weight)
+        if chains and lazy and weight:
+            scored, draw = found.scored, found.draw
             score_PC = _scores(batch, scored.logp_PC, scored.ref_logp_PC, config)
             chains.note(batch, score_PC, lazy.column_PC.gather(1, draw.negative_PM))
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        engine.policy.parameters(), config.optim.max_grad_norm
-    )
+    grad_norm = engine.clip(config.optim.max_grad_norm)
     _check_finite(losses, grad_norm, work)
-    engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.update()
     if chains:
         chains.agree(engine, work.rows, work.step)
     metrics = reduce_means(engine, totals, work.num_prompts)
@@ -167,10 +203,23 @@ def train_step(
     }
 
 
-def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], work: StepWork) -> None:
+def weighted(work: StepWork, rounds: int) -> list[tuple[PackedBatch, LazyBatch | None, float]]:
+    """The micro-batches with their visits and weights; then the last once more with weight 0.
+
+    That is for engines in which every rank must run as many as any other.
+    """
+    visits = work.visits or (None,) * len(work.batches)
+    extra = rounds - len(work.batches)
+    return [
+        *((batch, lazy, work.weight) for batch, lazy in zip(work.batches, visits, strict=True)),
+        *[(work.batches[-1], visits[-1], 0.0)] * extra,
+    ]
+
+
+def _add(totals: dict[str, Tensor], metrics: Mapping[str, Tensor], weight: float) -> None:
     """Sum over the prompts of a batch, onto the sums so far."""
     for name, value_P in metrics.items():
-        total = value_P.detach().double().sum() * work.weight
+        total = value_P.detach().double().sum() * weight
         totals[name] = totals.get(name, torch.zeros_like(total)) + total
 
 
@@ -179,7 +228,7 @@ def _audit(
     engine: Engine,
     batch: PackedBatch,
     lazy: LazyBatch,
-    references: ReferenceLogps,
+    references: Reference,
     config: Config,
     chains: LazyChains | None,
     work: StepWork,
@@ -218,6 +267,20 @@ def prompt_metrics(
     }
 
 
+def loss_metrics(found: BatchLoss, config: LossConfig) -> dict[str, Tensor]:
+    """[P] values that only some losses have: the terms of a sum, and what rewards are judged by."""
+    values: dict[str, Tensor] = {}
+    if len(found.terms) > 1:
+        values |= {f"loss/{name}": term_P for name, term_P in found.terms.items()}
+    baselines = found.scored.baselines
+    if "bco" in found.terms:
+        values["bco/delta"] = torch.full_like(found.loss_P, baselines.delta)
+    if found.mismatched_P is not None:
+        values["kto/mismatched"] = config.beta * found.mismatched_P
+        values["kto/z0"] = torch.full_like(found.loss_P, baselines.z0)
+    return values
+
+
 def reduce_means(engine: Engine, totals: dict[str, Tensor], num_prompts: int) -> dict[str, float]:
     """Sums of this rank to means over all prompts: one collective and one host sync."""
     values = engine.sum(torch.stack(list(totals.values()))) / num_prompts
@@ -230,7 +293,7 @@ def _check_finite(losses: Sequence[Tensor], grad_norm: Tensor, work: StepWork) -
         return
     rows = [
         row_id
-        for batch, loss_P in zip(work.batches, losses, strict=True)
+        for batch, loss_P in zip(work.batches, losses[: len(work.batches)], strict=True)
         for row_id, finite in zip(batch.row_ids, loss_P.isfinite().tolist(), strict=True)
         if not finite
     ]

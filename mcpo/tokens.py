@@ -124,7 +124,7 @@ def tokenize(
 def token_hash(group: TokenizedGroup) -> str:
     """SHA-256 over the ids of a group and their borders: the same hash, the same tokens."""
     digest = hashlib.sha256()
-    for ids in (group.prompt_ids, *group.candidate_ids):
+    for ids in (group.prompt_ids, *group.scored_ids):
         digest.update(np.array((len(ids), *ids), dtype="<i8").tobytes())
     return digest.hexdigest()
 

@@ -212,7 +212,7 @@ def test_dry_run_counts_the_processes_of_the_job(
     [
         ({"model_name_or_path": str(ROOT / "docs")}, "model_name_or_path must be"),
         ({"train_data": "absent.jsonl"}, "there is no file absent.jsonl"),
-        ({"loss_type": "dpoo"}, "loss_type must be one of mcpo, dpo"),
+        ({"loss_type": "dpoo"}, "loss_type must be one of mcpo, mcpo_unbiased, rnce, dpo"),
         ({"device": "tpu9"}, "device must be auto, cpu"),
         ({"head_impl": "triton"}, "head_impl: impl='triton' cannot run here"),
         ({"head_impl": "fast"}, "impl must be one of"),

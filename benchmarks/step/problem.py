@@ -29,7 +29,9 @@ from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.tokens import TokenConfig, tokenize
 
-CONFIG = Config(kernel=KernelConfig(num_negatives=1), loss=LossConfig(loss_type="mcpo", beta=0.1))
+CONFIG = Config(
+    kernel=KernelConfig(num_negatives=1), loss=LossConfig(loss_type=("mcpo",), beta=0.1)
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Of the reference, in nats.
 SPREAD = 5.0

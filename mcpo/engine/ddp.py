@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mcpo.engine import whole
+from mcpo.engine.ranks import Ranks
 from mcpo.policy import Policy
 
-T = TypeVar("T")
 
-
-def join_process_group(device: torch.device) -> None:
-    """Enter the group that torchrun describes: NCCL between GPUs, gloo between CPUs."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-class DDPEngine:
+class DDPEngine(Ranks):
     """Gradients averaged over ranks during the backward of the last micro-batch."""
+
+    lockstep = False
 
     def __init__(
         self, policy: Policy, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.device = device
+        super().__init__(device)
         self.optimizer = optimizer
         self._ddp = DistributedDataParallel(
             policy,
@@ -46,9 +38,13 @@ class DDPEngine:
         assert isinstance(module, Policy)
         return module
 
+    def rounds(self, count: int) -> int:
+        """Gradients wait for the last micro-batch, however many a rank has."""
+        return count
+
     @contextmanager
     def micro_step(self, *, last: bool) -> Generator[None]:
-        """Keep gradients local until the last micro-batch, however many a rank has."""
+        """Keep gradients local until the last micro-batch."""
         if last:
             yield
         else:
@@ -63,18 +59,28 @@ class DDPEngine:
         """Accumulate gradients; the factor undoes DDP's mean, as the loss is a sum over ranks."""
         (loss * self.world_size).backward()
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to ``max_norm``; every rank has the whole of it."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
 
-    def gather(self, value: T) -> list[T]:
-        """Each rank's value, in order."""
-        values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+    def update(self) -> None:
+        """Take the optimizer's step, the same on every rank, and drop the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier()
+    def together(self) -> AbstractContextManager[None]:
+        """A forward without gradients needs no other rank."""
+        return nullcontext()
+
+    def whole_state(self) -> Mapping[str, Tensor]:
+        """The model's state dict."""
+        return self.policy.model.state_dict()
+
+    def save(self, folder: Path) -> None:
+        """Write from the first rank what a single process would."""
+        if self.rank == 0:
+            whole.save(folder, self.policy.model, self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        """Take up what ``save`` wrote, on every rank."""
+        whole.load(folder, self.policy.model, self.optimizer)

@@ -86,7 +86,8 @@ def greedy(
     return [completions[index] for index in range(len(prompt_ids))]
 
 
-@torch.inference_mode()
+# Not inference_mode: weights that a sharded engine gathers in it could not be trained afterwards.
+@torch.no_grad()
 def generate_batch(
     model: PreTrainedModel,
     encoder: Encoder,

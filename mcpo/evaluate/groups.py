@@ -11,14 +11,14 @@ from mcpo.engine import Engine
 from mcpo.losses import mcpo
 from mcpo.policy import group_logps
 from mcpo.records import PackedBatch, ScoredBatch
-from mcpo.reference_cache import ReferenceLogps
+from mcpo.reference import Reference
 
 
 @torch.no_grad()
 def evaluate_groups(
     engine: Engine,
     batches: Sequence[PackedBatch],
-    references: ReferenceLogps,
+    references: Reference,
     config: LossConfig,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
@@ -38,10 +38,11 @@ def evaluate_groups(
         for rounding.
     """
     total = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    for batch in batches[engine.rank :: engine.world_size]:
-        logp_PC = group_logps(engine.policy(batch), batch)
-        total += _sums(logp_PC, batch, references, config)
-        on_batch(1)
+    with engine.together():
+        for batch in batches[engine.rank :: engine.world_size]:
+            logp_PC = group_logps(engine.policy(batch), batch)
+            total += _sums(logp_PC, batch, references, config)
+            on_batch(1)
     loss, margins, accuracies, count = engine.sum(total).tolist()
     return {
         "eval_loss": loss / count,
@@ -51,7 +52,7 @@ def evaluate_groups(
 
 
 def _sums(
-    logp_PC: torch.Tensor, batch: PackedBatch, references: ReferenceLogps, config: LossConfig
+    logp_PC: torch.Tensor, batch: PackedBatch, references: Reference, config: LossConfig
 ) -> torch.Tensor:
     """[4] sums over prompts: loss, margin, accuracy, and their number."""
     num_columns = logp_PC.shape[1]

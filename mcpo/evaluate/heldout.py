@@ -39,6 +39,7 @@ def decode(
     mine = items[engine.rank :: engine.world_size]
     with (
         progress(console, f"answers {name}", len(mine), quiet=engine.rank != 0) as advance,
+        engine.together(),
         unpacked(policy) as model,
         torch.autocast(
             engine.device.type,
