@@ -184,7 +184,7 @@ def _distinct_rivals(
         return []
     for _ in range(len(pool) - len(others)):
         tally.add("same_as_chosen", row_id)
-    # Read backwards, so that of equals the first stays; in the order they came.
+    # Read backwards, so that of equals the first stays.
     first = {rival.ids: rival for rival in reversed(others)}
     rivals = [rival for rival in others if first[rival.ids] is rival]
     for _ in range(len(others) - len(rivals)):

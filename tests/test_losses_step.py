@@ -161,10 +161,8 @@ def job_of(rank: int, world_size: int, per_device: int, steps: int) -> Job:
 
 
 @pytest.mark.usefixtures("exact_softmax")
-@pytest.mark.parametrize("objective", ["sft", "cpo", "orpo", "bco", "sum"])
-@pytest.mark.parametrize(
-    ("world_size", "per_device", "steps"), [(2, 3, 1), (3, 1, 2), (1, 2, 3), (4, 2, 1)]
-)
+@pytest.mark.parametrize("objective", ["sft", "bco", "sum"])
+@pytest.mark.parametrize(("world_size", "per_device", "steps"), [(2, 3, 1), (1, 2, 3), (4, 2, 1)])
 def test_ranks_and_accumulation_share_one_gradient(
     policy: Policy,
     references: ReferenceLogps,
