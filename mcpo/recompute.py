@@ -26,6 +26,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mcpo.config import Config, ModelConfig
+from mcpo.losses import reaches_pool
 from mcpo.pack import packed_length
 from mcpo.records import TokenizedGroup
 from mcpo_kernels.integrations.transformers import checkpointed_layers
@@ -77,7 +78,10 @@ def resolve_recompute(
         checkpointed_layers(model)
     except ValueError as error:
         return Recompute("none", f"auto: {error}")
-    share = share_with_gradient(groups, config.kernel.num_negatives, config.model.shares_prefixes)
+    drawn = config.kernel.num_negatives
+    if reaches_pool(config.loss):
+        drawn = max(group.num_candidates for group in groups)
+    share = share_with_gradient(groups, drawn, config.model.shares_prefixes)
     plenty = "none" if share > MOST_WITH_GRADIENT else "light"
     fits, sizes = _fits(plenty, config, groups, model, memory)
     if not fits:
