@@ -20,6 +20,7 @@ from mcpo.losses.baselines import RunningBaselines
 from mcpo.mismatched import with_mismatched
 from mcpo.pack import pack, split_by_budget
 from mcpo.policy import Policy, group_logps, mismatched_logps
+from mcpo.recompute import resolve_recompute
 from mcpo.records import Baselines, PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.step import StepWork, train_step
@@ -233,3 +234,24 @@ def test_running_means_begin_at_zero_and_take_in_whole_steps() -> None:
     assert running.values.z0 == 0.75 * -2.0 + 0.25 * 21.0
     running.update(first, decay=0.0)
     assert running.values == Baselines(delta=0.5, z0=4.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "mode"), [("mcpo", "light"), ("infonca", "none"), ("augmented dpo", "none")]
+)
+def test_recompute_knows_how_many_candidates_have_a_gradient(
+    policy: Policy, objective: str, mode: str
+) -> None:
+    """Where all have one, there is nothing to be saved by running again what some have."""
+    # Long enough that the prompts do not matter.
+    wide = [
+        replace(
+            group,
+            candidate_ids=tuple(ids * 9 for ids in group.candidate_ids),
+            mismatched_ids=None,
+        )
+        for group in GROUPS
+        if group.num_candidates > 3
+    ]
+    config = replace(run_config(objective), kernel=KernelConfig())
+    assert resolve_recompute(config, wide, policy.model, 2**40).mode == mode
