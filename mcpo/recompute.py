@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mcpo.config import Config, ModelConfig
 from mcpo.engine.choose import bytes_per_parameter
 from mcpo.lazy_chains import largest_visit, most_visited
+from mcpo.losses import reaches_pool
 from mcpo.pack import packed_length
 from mcpo.records import TokenizedGroup
 from mcpo.reference import resolved_kind
@@ -85,9 +86,12 @@ def resolve_recompute(
     except ValueError as error:
         return Recompute("none", f"auto: {error}")
     kernel = config.kernel
+    drawn = kernel.num_negatives
+    if reaches_pool(config.loss):
+        drawn = max(group.num_candidates for group in groups)
     share = share_with_gradient(
         groups,
-        kernel.num_negatives,
+        drawn,
         config.model.shares_prefixes,
         num_scored=most_visited(kernel) if kernel.scoring == "lazy" else None,
     )

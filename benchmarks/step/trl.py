@@ -5,7 +5,7 @@ TRL makes it: collated batch, autocast, checkpointing, metrics. What is asked of
 defaults: reference log-probs known beforehand, no reports, the CPU, no cut at ``max_length``.
 """
 # B sequences, L tokens, V vocabulary
-# TRL is there with the extra "bench" alone.
+# TRL is there with the extras "bench" and "dev" alone.
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from __future__ import annotations
