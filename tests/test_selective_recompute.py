@@ -52,7 +52,9 @@ def test_what_is_held_shrinks_with_the_choice_and_goes_with_the_backward(
 ) -> None:
     layers = make_layers(3)
     recompute, output = start(layers, inputs(), keep_products=keep_products)
-    numbers_of_a_row = D + (3 * D + D if keep_products else 0)
+    # The input; the results of both linear layers; of attention that of two heads, with a
+    # log-sum-exp each.
+    numbers_of_a_row = D + (3 * D + D + D + 2 if keep_products else 0)
     assert recompute.kept_bytes() == 3 * T * numbers_of_a_row * 8
     recompute.choose(CHOSEN)
     assert recompute.kept_bytes() == 3 * len(KEPT) * numbers_of_a_row * 8
@@ -226,8 +228,8 @@ def test_a_result_changed_in_place_is_computed_again() -> None:
     plain = plainly(layers, hidden)
     recompute, output = start(layers, hidden, keep_products=True)
     recompute.choose(CHOSEN)
-    # Of each layer the input, and the product that stayed as it was.
-    assert recompute.kept_bytes() == 2 * len(KEPT) * (D + D) * 8
+    # Of each layer the input, attention, and the product that stayed as it was.
+    assert recompute.kept_bytes() == 2 * len(KEPT) * (D + D + D + 2) * 8
     weighted(output).backward()
     assert_same(gradients(layers, hidden), plain)
 
