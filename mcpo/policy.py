@@ -24,6 +24,10 @@ from mcpo_kernels import SelectiveRecompute, sequence_logprobs
 from mcpo_kernels.integrations.packable import attention_of, text_decoder, use_packed_attention
 from mcpo_kernels.integrations.transformers import ATTENTION_NAME, checkpointed_layers, packed
 
+# Of "light", which keeps results of products: those of the head are kept for so many columns of the
+# vocabulary as this allows, and made once more for the others.
+LOGITS_MB = 256.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadScaling:
@@ -59,6 +63,8 @@ class ScoringHead(nn.Linear):
 
     def __init__(self, linear: nn.Linear, scaling: HeadScaling, impl: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.cache_mb = 0.0
+        """MiB of logits that a forward may keep for its backward."""
         self.weight = linear.weight
         self.bias = linear.bias
         self.scaling = scaling
@@ -78,6 +84,7 @@ class ScoringHead(nn.Linear):
             bias=self._bias_to(dtype),
             softcap=self.scaling.softcap,
             scale=self.scaling.scale,
+            cache_mb=self.cache_mb,
             impl=self.impl,
         )
 
@@ -149,6 +156,9 @@ class Policy(nn.Module):
             ValueError: the model has no layers that can be recomputed.
         """
         self.recompute = mode
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, ScoringHead)
+        head.cache_mb = logits_mb(mode)
         if mode == "none":
             return
         if self.packs:
@@ -174,7 +184,8 @@ class Policy(nn.Module):
         with torch.autocast(
             device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
-            with nullcontext() if recompute is None else recompute.recording():
+            recording = nullcontext() if recompute is None else recompute.recording()
+            with recording, rows_of_tied_embeddings(self.model):
                 hidden_ND = self.scored_hidden(batch)
             head = self.model.get_output_embeddings()
             assert isinstance(head, ScoringHead)
@@ -219,6 +230,30 @@ def group_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
     """[P, C] the log-probabilities of each prompt's candidates; 0 where there is none."""
     logp_PC = logp_S[batch.seq_of_PC.reshape(-1)].view(batch.seq_of_PC.shape)
     return logp_PC.masked_fill(~batch.mask_PC, 0.0)
+
+
+def logits_mb(recompute: str) -> float:
+    """MiB of logits that are kept for the backward in a mode of ``mcpo.recompute``."""
+    return LOGITS_MB if recompute == "light" else 0.0
+
+
+@contextmanager
+def rows_of_tied_embeddings(model: PreTrainedModel) -> Generator[None]:
+    """Where head and embeddings have one weight, embeddings inside have a sparse gradient.
+
+    The head's is dense, so their sum is dense too, and no table of zeros need be made for the few
+    rows that tokens have. DDP asks modules beforehand what their gradients will be; so the flag is
+    set for a forward and not for good.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embeddings, nn.Embedding) or embeddings.weight is not head.weight:
+        yield
+        return
+    before, embeddings.sparse = embeddings.sparse, True
+    try:
+        yield
+    finally:
+        embeddings.sparse = before
 
 
 def disable_dropout(model: nn.Module) -> None:
