@@ -246,6 +246,7 @@ def rows_of_tied_embeddings(model: PreTrainedModel) -> Generator[None]:
     set for a forward and not for good.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(head, ScoringHead)
     if not isinstance(embeddings, nn.Embedding) or embeddings.weight is not head.weight:
         yield
         return
