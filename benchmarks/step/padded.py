@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from benchmarks.step.problem import CONFIG, Problem
 from mcpo.losses import loss_named
 from mcpo.pack import pack
-from mcpo.policy import HeadScaling, ScoringHead, disable_dropout, group_logps
+from mcpo.policy import HeadScaling, ScoringHead, disable_dropout, group_logps, logits_mb
 from mcpo.records import PackedBatch, ScoredBatch, TokenizedGroup
 from mcpo.step import prompt_metrics
 
@@ -70,6 +70,8 @@ class PaddedStep:
         projection = model.get_output_embeddings()
         assert isinstance(projection, torch.nn.Linear)
         self._head = ScoringHead(projection, HeadScaling.of(model.config), "auto")
+        # As much as the packed step that keeps as much of its layers.
+        self._head.cache_mb = logits_mb("selective" if checkpointed else "light")
         disable_dropout(model)
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
