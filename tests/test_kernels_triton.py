@@ -157,7 +157,7 @@ def test_rows_with_gradient_are_put_in_front(rows, count):
     assert found.count_1.tolist() == [count]
     assert found.row_N[:count].tolist() == list(rows)
     assert torch.equal(found.hidden_ND[:count], case.hidden[list(rows)])
-    assert torch.equal(found.number_3N[0, :count], lse[list(rows)])
+    assert torch.equal(found.number_N3[:count, 0], lse[list(rows)])
 
 
 @interpreted

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def folder() -> Path:
     given = os.environ.get("MCPO_CACHE")
     if given:
         return Path(given).expanduser() / "tiles"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mcpo" / "tiles"
+    # Empty is the same as absent, says the standard of that variable.
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mcpo" / "tiles"
 
 
 def operands_of(dtype: torch.dtype) -> str:
@@ -111,12 +113,18 @@ def load(key: Key) -> Tile | None:
 
 def save(key: Key, tile: Tile, milliseconds: Mapping[Tile, float]) -> None:
     """Keep a tile, with what was measured."""
-    key.path.parent.mkdir(parents=True, exist_ok=True)
     measured = [[list(each), taken] for each, taken in milliseconds.items()]
     record = {"key": asdict(key), "tile": tile._asdict(), "milliseconds": measured}
-    scratch = key.path.with_name(f"{key.path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(record))
-    scratch.replace(key.path)
+    write_whole(key.path, json.dumps(record))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of two machines that share a folder may have the same number.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def fastest(
