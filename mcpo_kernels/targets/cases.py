@@ -102,18 +102,20 @@ def _of_target(target: Target, wanted: Selection) -> Iterator[Case]:
         # A row of panels is one block of a kernel, so the widest counts.
         widest = max(num_vocab for _, num_vocab in MODELS.values())
         yield from launches(target, dtype, QUICK_HEADS[-1], Shape(*USUAL[:2], widest))
+        for precision in PRECISIONS[1:] if dtype == "fp32" and target.backend == "cuda" else ():
+            yield from launches(target, dtype, "plain", USUAL, precision)
         yield from _tuning_space(target, dtype)
 
 
 def _tuning_space(target: Target, dtype: str) -> Iterator[Case]:
     """Each kernel in each tile that tuning may try, as the plain head and the fullest have it."""
+    # Both kinds of 16 bits have the same tiles, and instructions alike.
+    if dtype == "fp16":
+        return
     family, operands = _family(target), operands_of(DTYPES[dtype])
-    ways = [(head, PRECISIONS[0]) for head in QUICK_HEADS]
-    if dtype == "fp32" and target.backend == "cuda":
-        ways += [("plain", precision) for precision in PRECISIONS[1:]]
-    for kernel, (head, precision) in product(tiles.KERNELS, ways):
+    for kernel, head in product(tiles.KERNELS, QUICK_HEADS):
         for tile in tiles.space(kernel, family, operands):
-            yield from launches(target, dtype, head, USUAL, precision, tile=(kernel, tile))
+            yield from launches(target, dtype, head, USUAL, tile=(kernel, tile))
 
 
 def launches(

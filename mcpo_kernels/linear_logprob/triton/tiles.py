@@ -121,41 +121,23 @@ def default_tiles(family: str, operands: str) -> dict[str, Tile]:
     return DEFAULTS[family, operands]
 
 
-# What is worth trying. Wide tiles read least, and there is no space for wider ones; smaller tiles
-# leave more programs to few rows. 64 bytes of the inner axis keep copies whole, 128 are what
-# Hopper's instructions read from shared memory at once.
-_SUMS = {
-    "16-bit": ((128, 128), (64, 128), (128, 64), (128, 256), (256, 128)),
-    "fp32": ((64, 64), (64, 128), (128, 64)),
-}
-_INNER = {
-    ("sm80", "16-bit"): (32,),
-    ("sm89", "16-bit"): (32,),
-    ("sm90", "16-bit"): (64,),
-    ("sm100", "16-bit"): (64,),
-    ("gfx942", "16-bit"): (32, 64),
-    **{(family, "fp32"): (16,) for family in FAMILIES},
-}
-_STAGES = {
-    ("sm80", "16-bit"): (3, 4),
-    ("sm89", "16-bit"): (2, 3),
-    ("sm90", "16-bit"): (3, 4),
-    ("sm100", "16-bit"): (3, 4),
-    ("gfx942", "16-bit"): (2,),
-    **{(family, "fp32"): (2,) if family == "gfx942" else (3,) for family in FAMILIES},
-}
+# What is worth trying. Wide tiles read least, and there is no space for wider ones; smaller ones
+# leave more programs to few rows. 64 bytes of the inner axis keep copies whole; 128 are what
+# Hopper's instructions read from shared memory at once. float32 has one tile: where it is
+# multiplied as it is, registers for operands leave no choice.
+_SUMS = ((128, 128), (64, 128), (128, 64), (128, 256), (256, 128))
+_INNER = {"sm80": 32, "sm89": 32, "sm90": 64, "sm100": 64, "gfx942": 64}
+_STAGES = {"sm80": (3, 4), "sm89": (2, 3), "sm90": (3, 4), "sm100": (3, 4), "gfx942": (2,)}
 
 
 def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
     """Tiles that tuning may try, the default first. Each passes docs/targets.md."""
     default = default_tiles(family, operands)[kernel]
     yield default
-    if family == INTERPRETER:
+    if family == INTERPRETER or operands == "fp32":
         return
-    setting = family, operands
-    for (first, second), inner, stages in product(
-        _SUMS[operands], _INNER[setting], _STAGES[setting]
-    ):
+    inner = _INNER[family]
+    for (first, second), stages in product(_SUMS, _STAGES[family]):
         block_n, block_v, block_d = {
             "forward": (first, second, inner),
             "dlogits": (first, second, inner),

@@ -45,10 +45,14 @@ class Key:
     triton: str = triton.__version__
 
     @property
+    def space(self) -> list[Tile]:
+        """The tiles it may have."""
+        return list(tiles.space(self.kernel, self.family, self.operands))
+
+    @property
     def path(self) -> Path:
         """Where its tile is kept."""
-        space = [list(tile) for tile in tiles.space(self.kernel, self.family, self.operands)]
-        digest = hashlib.sha256(json.dumps([asdict(self), space]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps([asdict(self), self.space]).encode()).hexdigest()[:12]
         gpu = re.sub(r"\W+", "-", self.gpu)
         return folder() / f"{gpu}-{self.kernel}-{self.dtype}-{self.hidden}-{digest}.json"
 
@@ -103,7 +107,7 @@ def load(key: Key) -> Tile | None:
         tile = Tile(**json.loads(text)["tile"])
     except (ValueError, KeyError, TypeError):
         tile = None
-    if tile not in list(tiles.space(key.kernel, key.family, key.operands)):
+    if tile not in key.space:
         raise ValueError(
             f"{key.path} must hold a tile as tuning writes it, got {text[:80]!r}; delete the file, "
             "or tune anew with python -m mcpo_kernels.tune"
@@ -171,6 +175,8 @@ def _known(
 @functools.cache
 def _tune_once(device: torch.device, family: str, dtype: torch.dtype, hidden: int) -> None:
     missing = [key for key in keys(device, family, dtype, hidden) if load(key) is None]
+    # Of one tile there is nothing to choose.
+    missing = [key for key in missing if len(key.space) > 1]
     if missing:
         # Imported here: it runs launches, which ask this file for tiles.
         from mcpo_kernels.tune import tune
