@@ -321,6 +321,18 @@ def test_no_kernel_multiplies_by_the_length_of_a_row_itself():
     assert products > 10
 
 
+def test_no_kernel_takes_more_than_twelve_arguments_at_run_time():
+    """What a reader can hold, and registers."""
+    counts: dict[str, int] = {}
+    for path in Path(logits.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                arguments = function.args.args
+                counts[function.name] = sum(each.annotation is None for each in arguments)
+    assert len(counts) == 8
+    assert max(counts.values()) <= 12, counts
+
+
 @triton.jit
 def pair_kernel(result_ptr, num_first, num_second, GROUP: tl.constexpr):
     first, second = logits.block_pair(tl.program_id(0), num_first, num_second, GROUP)
