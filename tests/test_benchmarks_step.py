@@ -255,7 +255,7 @@ def test_operations_by_hand():
 
 
 def test_padding_is_to_the_longest_on_the_right():
-    padded = pad(ragged_groups())
+    padded = pad(ragged_groups(), torch.device("cpu"))
     lengths = [
         len(group.prompt_ids) + len(ids) for group in ragged_groups() for ids in group.candidate_ids
     ]
@@ -382,7 +382,7 @@ def test_rounds_stop_where_the_budget_does(tmp_path):
         (["--completion", "1"], "--completion must be at least 2, got 1"),
         (["--data", "nowhere.jsonl"], "--data must name a file, got nowhere.jsonl"),
         (["--quick", "--arms", "ours"], "--arms must be out of mcpo, .*; got ours"),
-        (["--no_time", "--no_memory"], "--no_time goes with neither"),
+        (["--no_time", "--no_memory"], "--no_time goes with none of"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
