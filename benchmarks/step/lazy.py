@@ -21,7 +21,7 @@ from mcpo.pack import pack, split_by_budget
 from mcpo.policy import Policy
 from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.records import TokenizedGroup
-from mcpo.step import loss_on_batch, prompt_metrics
+from mcpo.step import StepWork, loss_on_batch, prompt_metrics
 
 LAZY = replace(CONFIG, kernel=KernelConfig(num_negatives=1, scoring="lazy"))
 
@@ -55,12 +55,11 @@ class LazyStep:
         """Forward and backward of all micro-batches, and the metrics that are logged."""
         problem, total = self._problem, torch.zeros(())
         for batch, visits in self._batches:
-            loss_P, scored, draw = loss_on_batch(
-                self._engine, batch, problem.references, LAZY, problem.step, visits
-            )
-            share = loss_P.sum() / len(problem.groups)
+            work = StepWork(step=problem.step, batches=(batch,), num_prompts=len(problem.groups))
+            found = loss_on_batch(self._engine, batch, problem.references, LAZY, work, visits)
+            share = found.loss_P.sum() / len(problem.groups)
             self._engine.backward(share)
-            metrics = prompt_metrics(loss_P, scored, draw, LAZY.loss.beta)
+            metrics = prompt_metrics(found.loss_P, found.scored, found.draw, LAZY.loss.beta)
             for values_P in metrics.values():
                 values_P.detach().double().sum().item()
             total = total + share.detach()
