@@ -268,8 +268,12 @@ def test_every_kind_of_finding_is_documented() -> None:
 
 def test_every_loss_and_metric_is_in_the_mathematics() -> None:
     text = (ROOT / "docs" / "math.md").read_text()
-    step = (ROOT / "mcpo" / "step.py").read_text()
-    metrics = set(re.findall(r'"((?:rewards|logps|mc)/\w+)"', step))
+    sources = [ROOT / "mcpo" / "step.py", *(ROOT / "mcpo" / "mc_kernel").glob("*.py")]
+    metrics = {
+        name
+        for path in sources
+        for name in re.findall(r'"((?:rewards|logps|mc|bco|kto)/\w+)"', path.read_text())
+    }
     assert metrics
     assert [name for name in sorted(metrics) if f"`{name}`" not in text] == []
     assert [name for name in LOSSES if f"loss_type: {name}" not in text] == []

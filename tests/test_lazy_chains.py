@@ -187,6 +187,21 @@ def test_a_step_moves_the_chains_and_keeps_the_scores_it_took() -> None:
     assert "mc/lazy_tv" not in metrics
 
 
+def test_several_chains_move_by_several_proposals_in_one_forward() -> None:
+    config = config_of(num_negatives=2, replacement=True, chain_steps=3)
+    engine, chains = engine_of(config), chains_of(config)
+    for step in range(3):
+        work = work_of(chains, step)
+        metrics = train_step(engine, work, REFERENCES, config, chains)
+        state_PM = chains.state_dict()["state"]
+        assert state_PM.shape == (7, 2)
+        for states, columns in zip(state_PM.tolist(), work.batches[0].columns, strict=True):
+            assert set(states) <= set(columns[1:])
+            assert len(columns) <= 1 + 2 * (1 + 3)
+        assert 0 <= metrics["mc/acceptance"] <= 1
+    assert any(first != second for first, second in chains.state_dict()["state"].tolist())
+
+
 def test_a_rank_without_rows_moves_nothing() -> None:
     config = config_of()
     chains = chains_of(config)

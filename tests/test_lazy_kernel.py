@@ -205,6 +205,25 @@ def test_chains_that_learn_end_in_the_full_kernels_distribution() -> None:
         assert chi_squared(observed, marginals[visit] * COUNT) < 30.7, visit
 
 
+def test_total_variation_on_the_way_is_as_documented() -> None:
+    """The table of docs/math.md: a q that learns, and one that never does."""
+    weight, size = softmax(FRESH), len(FRESH)
+    learns = visits_matrix(weight, STALE, FRESH)
+    fixed = move_matrix(weight, softmax(STALE))
+    joint, alone = np.zeros(len(learns)), softmax(STALE)
+    joint[:: 2**size] = alone
+    got: dict[int, tuple[float, float]] = {}
+    for visit in range(33):
+        marginal = joint.reshape(size, -1).sum(axis=1)
+        got[visit] = tuple(float(np.abs(p - weight).sum() / 2) for p in (marginal, alone))
+        joint, alone = joint @ learns, alone @ fixed
+    shown = {visit: got[visit] for visit in (0, 1, 2, 4, 8, 16, 32)}
+    documented = ((0.61, 0.61), (0.48, 0.48), (0.36, 0.38), (0.20, 0.23), (0.12, 0.09))
+    documented += ((0.10, 0.01), (0.06, 0.001))
+    for (visit, pair), expected in zip(shown.items(), documented, strict=True):
+        assert pair == pytest.approx(expected, abs=0.005), visit
+
+
 # What is kept and told.
 
 

@@ -119,6 +119,19 @@ def test_metrics_have_trl_names_and_start_values() -> None:
     } <= set(metrics)
 
 
+def test_chains_cost_no_forward_and_report_what_they_did() -> None:
+    plain = run_step(engine_of(), 10_000)
+    assert "mc/acceptance" not in plain
+    options = {"chain": "subset", "chain_steps": 5, "num_negatives": 2, "replacement": True}
+    config = make_config(
+        {"learning_rate": 1e-2, "max_grad_norm": 1e9, "warmup_ratio": 0.0} | options
+    )
+    metrics = run_step(engine_of(), 10_000, config)
+    assert 0 < metrics["mc/acceptance"] < 1
+    assert metrics["num_tokens"] == plain["num_tokens"]
+    assert 0 <= metrics["mc/entropy"] <= 1.4
+
+
 def test_steps_lower_the_loss() -> None:
     engine = engine_of(torch.float32)
     references = references_of(engine)

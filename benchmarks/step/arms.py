@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.step.lazy import LazyStep
 from benchmarks.step.packed import PackedStep
 from benchmarks.step.padded import PaddedStep
 from benchmarks.step.problem import Problem
@@ -38,7 +39,7 @@ class Arm:
     build: Build
     """Takes a model of its own, which it changes."""
     kind: str
-    """What is computed: ``packed``, ``padded``, ``naive``, ``trl`` or ``trl_stored``."""
+    """What is computed: ``packed``, ``lazy``, ``padded``, ``naive``, ``trl`` or ``trl_stored``."""
     pairs: bool = True
     """Given the drawn pairs; if not, the whole pool."""
 
@@ -54,6 +55,11 @@ def _packed(mode: str) -> Build:
         return Built(step, step.mode)
 
     return build
+
+
+def _lazy(problem: Problem, model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Built:
+    step = LazyStep(problem, model)
+    return Built(step, step.mode)
 
 
 def _padded(*, checkpointed: bool, naive: bool = False) -> Build:
@@ -83,6 +89,7 @@ ARMS = (
         kind="packed",
         pairs=False,
     ),
+    Arm(name="mcpo_lazy", title="MC-PO, lazy", build=_lazy, kind="lazy", pairs=False),
     Arm(name="dpo", title="DPO, shared prefix", build=_packed("auto"), kind="packed"),
     Arm(name="dpo_padded", title="DPO, padded", build=_padded(checkpointed=False), kind="padded"),
     Arm(
@@ -125,6 +132,8 @@ ARMS = (
 )
 """In the order of the tables."""
 NAMES = tuple(arm.name for arm in ARMS)
+LAZY_NAMES = ("mcpo_lazy", "dpo", "dpo_padded", "dpo_padded_checkpointed")
+"""What ``--scoring lazy`` measures: the lazy step beside steps on a pair."""
 TRL_BEST = "trl_best"
 """The fastest of the arms of TRL, whichever it is; no arm of its own."""
 

@@ -78,6 +78,7 @@ def bars(arms: Mapping[str, Row]) -> list[Bar]:
             1.10,
             True,
         ),
+        ("time, mcpo_lazy / dpo_padded", time_ratio(arms, "mcpo_lazy", "dpo_padded"), 1.00, True),
         ("time, mcpo_naive / mcpo", time_ratio(arms, "mcpo_naive", "mcpo"), 1.8, False),
     ]
     return [

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.step.problem import CONFIG, Problem
 from mcpo.engine.single import SingleEngine
-from mcpo.pack import pack, split_by_budget
+from mcpo.pack import move, pack, split_by_budget
 from mcpo.policy import Policy
 from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.step import StepWork, loss_on_batch, prompt_metrics
@@ -24,26 +24,26 @@ class PackedStep:
     """
 
     def __init__(self, problem: Problem, model: PreTrainedModel, mode: str) -> None:
-        cpu = torch.device("cpu")
+        device = model.device
         if mode == "auto":
-            mode = resolve_recompute(CONFIG, problem.groups, model, device_memory(cpu, 1)).mode
+            mode = resolve_recompute(CONFIG, problem.groups, model, device_memory(device, 1)).mode
         self.mode = mode
         policy = Policy(
             model, head_impl="auto", autocast_dtype=problem.autocast_dtype, recompute=mode
         )
         # Never stepped: the update is the same work for every arm, and left out.
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        self._engine = SingleEngine(policy.train(), optimizer, cpu)
+        self._engine = SingleEngine(policy.train(), optimizer, device)
         self._problem = problem
         budget = CONFIG.optim.max_tokens_per_micro_batch
         self._batches = [
-            pack(groups, share_prefix=True)
+            move(pack(groups, share_prefix=True), device)
             for groups in split_by_budget(problem.groups, budget, share_prefix=True)
         ]
 
     def __call__(self) -> Tensor:
         """Forward and backward of all micro-batches, and the metrics that are logged."""
-        problem, total = self._problem, torch.zeros(())
+        problem, total = self._problem, torch.zeros((), device=self._engine.device)
         for batch in self._batches:
             work = StepWork(step=problem.step, batches=(batch,), num_prompts=len(problem.groups))
             found = loss_on_batch(self._engine, batch, problem.references, CONFIG, work)
