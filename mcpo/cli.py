@@ -30,9 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     return parse_args_of(Config, "mcpo.train", "Train a causal LM with MC-PO.", argv)
 
 
-def parse_args_of(
-    root: type[C], program: str, what: str, argv: Sequence[str] | None = None
-) -> C:
+def parse_args_of(root: type[C], program: str, what: str, argv: Sequence[str] | None = None) -> C:
     """Read ``--launch NAME``, ``--config FILE`` and the options; a later one overrides.
 
     Args:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mcpo.encode import make_encoder
 from mcpo.engine import rank
@@ -34,11 +35,12 @@ def generator_of(
         # Sampling has no gradient and keeps no float32 weights, so the dtype of compute will do.
         dtype = placement.autocast_dtype or torch.float32
         model, tokenizer = load_model(policy, dtype=dtype)
+        nn.Module.to(model, placement.device).eval()
         encoder = make_encoder(
             tokenizer, prompt_format=config.data.prompt_format, chat_template=None
         )
         yield LocalGenerator(
-            model.to(placement.device).eval(),
+            model,
             encoder,
             batch_size=online.generation_batch_size,
             model_name=Path(policy).name,

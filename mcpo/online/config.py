@@ -26,7 +26,9 @@ class OnlineConfig:
     max_new_tokens: int = option(256, "at which an answer is cut")
     stop: tuple[str, ...] = option((), "an answer ends before the first of these")
     generation_batch_size: int = option(16, "prompts at a time, for generator: local")
-    server_base_url: str | None = option(None, "for generator: server, such as http://localhost:8000/v1")
+    server_base_url: str | None = option(
+        None, "for generator: server, such as http://localhost:8000/v1"
+    )
     server_command: str | None = option(
         None, "starts a server on {model}, the policy's folder; unset: see the docs"
     )
@@ -44,7 +46,12 @@ class OnlineConfig:
     judge_concurrency: int = option(8, "requests to the judge at a time")
 
     def __post_init__(self) -> None:
-        for name in ("segments", "server_concurrency", "judge_concurrency", "generation_batch_size"):
+        for name in (
+            "segments",
+            "server_concurrency",
+            "judge_concurrency",
+            "generation_batch_size",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(
             self.prompts_per_segment is None or self.prompts_per_segment >= 1,
@@ -72,6 +79,8 @@ class OnlineRun(Config):
     online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def __post_init__(self) -> None:
+        # By name: a dataclass with slots is another class than the one that super() looks for.
+        Config.__post_init__(self)
         require(bool(self.online.prompts), "prompts must name a file", self.online.prompts)
         require(
             not self.data.train_data,

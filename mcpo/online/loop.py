@@ -234,5 +234,3 @@ def _check_folder(config: OnlineRun) -> None:
             f"output_dir must not hold another run, and {found} is there; give --resume to "
             "continue that run, --overwrite_output_dir to replace it, or another --output_dir"
         )
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from mcpo.loop import Segment
@@ -16,7 +17,7 @@ def cut_into_segments(total_steps: int, count: int) -> list[Segment]:
     borders = [total_steps * number // count for number in range(count + 1)]
     return [
         Segment(number=number, start=start, stop=stop)
-        for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False))
+        for number, (start, stop) in enumerate(pairwise(borders))
     ]
 
 
