@@ -195,12 +195,13 @@ def test_processes_keep_one_moving_reference(arguments: dict[str, Any], tmp_path
         assert min(line["loss"] for line in lines) < 0.69
 
 
-def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"score": "mean_logp", "reference": "auto"}
+def test_kinds_are_resolved_by_need() -> None:
+    free = {"score": "mean_logp", "reference": "auto", "loss_type": "simpo"}
     assert resolved_kind(make_config({})) == "precomputed"
-    assert resolved_kind(make_config(free)) == "precomputed"
+    assert resolved_kind(make_config(free | {"loss_type": "mcpo"})) == "precomputed"
+    assert resolved_kind(make_config(free | {"loss_type": ["simpo", "dpo"]})) == "precomputed"
+    assert resolved_kind(make_config(free | {"scoring": "lazy"})) == "precomputed"
     assert resolved_kind(make_config({"sync_ref_model": True})) == "live"
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
     assert resolved_kind(make_config(free)) == "none"
     assert resolved_kind(make_config(free | {"reference": "none"})) == "none"
     assert resolved_kind(make_config(free | {"reference": "live"})) == "live"
@@ -209,10 +210,9 @@ def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_reference(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
-    settings = arguments | {"score": "logp", "max_steps": 2}
+    settings = arguments | {"score": "logp", "loss_type": "simpo", "max_steps": 2}
     assert main(words(settings)) == 0
     assert "reference: none, the loss and the score need none" in capsys.readouterr().out
     assert not arguments["reference_cache_dir"].exists()
@@ -225,6 +225,8 @@ def test_a_run_without_reference(
     [
         ({"reference": "none"}, "got loss_type: mcpo and score: log_ratio; give reference: auto"),
         ({"reference": "none", "score": "logp"}, "score without a reference, got loss_type: mcpo;"),
+        (SYNC | {"scoring": "lazy"}, "scoring: lazy needs reference: precomputed"),
+        ({"reference": "live", "scoring": "lazy"}, "scoring: lazy needs reference: precomputed"),
         (SYNC | {"reference": "precomputed"}, "then must be live (reference: live or auto), got"),
         ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha must be in (0, 1], got 0.0"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1, got 0"),
