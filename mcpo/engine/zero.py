@@ -170,8 +170,9 @@ def quiet_deepspeed(device: torch.device) -> Any:
     """The package, told which device to use before it is imported, and not to compile."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    # An optional engine.
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    import deepspeed.ops  # pyright: ignore[reportMissingImports]
 
     if device.type == "cpu":
         # A faster all-reduce for inference, which takes a compiler and minutes. It has no option.
