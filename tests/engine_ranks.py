@@ -53,10 +53,10 @@ def alone(config: Config, recompute: str, *, tied: bool, dtype: Any = None) -> S
     return SingleEngine(policy, build_optimizer(policy, config.optim), CPU)
 
 
-def references_of(engine: Engine) -> ReferenceLogps:
+def references_of(policy: Policy) -> ReferenceLogps:
     batch = pack(GROUPS, share_prefix=True)
     with torch.no_grad():
-        logp_PC = group_logps(engine.policy(batch), batch).tolist()
+        logp_PC = group_logps(policy(batch), batch).tolist()
     rows = zip(GROUPS, logp_PC, strict=True)
     return ReferenceLogps(logps={g.row_id: tuple(row[: g.num_candidates]) for g, row in rows})
 
@@ -100,7 +100,7 @@ def check_update(engine: Engine, config: Config, recompute: str, *, tied: bool) 
     """Three steps of all ranks are those of one process; returns that process' engine."""
     what = (type(engine).__name__, config.scale, recompute, tied)
     one = alone(config, recompute, tied=tied)
-    references = references_of(one)
+    references = references_of(one.policy)
     for number, rows in enumerate(STEPS):
         with Draws() as expected:
             wanted = train_step(one, work_of(number, rows), references, config)
@@ -127,7 +127,7 @@ def check_bf16(make: Make, config: Config) -> None:
     """In bf16 the log-probabilities are those of one process: the same products, bit for bit."""
     one = alone(config, "light", tied=True, dtype=torch.bfloat16)
     engine = make(policy_of("light", tied=True, dtype=torch.bfloat16), config)
-    references = references_of(one)
+    references = references_of(one.policy)
     rows = STEPS[0]
     wanted = train_step(one, work_of(0, rows), references, config)
     got = train_step(engine, work_of(0, rows, engine.rank, engine.world_size), references, config)
@@ -173,7 +173,7 @@ def check_files(make: Make, engine: Engine, config: Config, folder: Path) -> Non
     for group in again.optimizer.param_groups:
         group["lr"] = config.optim.learning_rate
     compare_bits(engine, again)
-    references = references_of(alone(config, "none", tied=True))
+    references = references_of(alone(config, "none", tied=True).policy)
     work = work_of(3, STEPS[0], engine.rank, engine.world_size)
     metrics = [train_step(each, work, references, config) for each in (engine, again)]
     assert metrics[0] == metrics[1]

@@ -12,7 +12,6 @@ from conftest import build_model, torchrun, weights, words
 from test_adapters import adapted
 from test_step import GROUPS
 
-from mcpo import losses
 from mcpo.adapters import POLICY, REFERENCE, attach, read, save
 from mcpo.cli import make_config
 from mcpo.config import Config

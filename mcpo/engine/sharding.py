@@ -14,6 +14,7 @@ rank ever holds more than a group of them, and the other ranks may begin with a 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,10 +72,12 @@ def shard(policy: Policy, device: torch.device) -> None:
 
 def _make_root(policy: Policy) -> None:
     """FSDP2 takes for the root what runs first, and the checks at the start run parts alone."""
-    policy.run_first = lambda: None
+    # Of any type, as a module's type knows of no attribute that is a function.
+    root: Any = policy
+    root.run_first = lambda: None
     register_fsdp_forward_method(policy, "run_first")
-    policy.run_first()
-    del policy.run_first
+    root.run_first()
+    del root.run_first
 
 
 def _shard_group(
