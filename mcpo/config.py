@@ -338,6 +338,8 @@ LOSS_TYPES = (
     *("ipo", "ipo_sum", "bco", "kto", "apo_zero", "apo_down", "sppo", "nca", "nca_rated"),
     *("infonca", "simpo", "cpo", "orpo", "sft"),
 )
+# Of those that contrast the chosen with all candidates, drawn or not.
+POOL_LOSSES = ("infonca", "nca_rated")
 SMOOTHED = ("cdpo", "robust", "exo", "simpo", "cpo")
 # Of those that have another name in TRL and the same formula here.
 TRL_NAMES = {"sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo"}
@@ -501,8 +503,15 @@ class Config:
         if "mcpo_unbiased" in losses:
             rule = (
                 "mcpo_unbiased is unbiased for one way to draw: strategy mc, score log_ratio, "
-                "temperature 1, with several negatives replacement, and not augmented"
+                "temperature 1, chain none, scoring full, with several negatives replacement, and "
+                "not augmented"
             )
             drawn = (kernel.strategy, kernel.score, kernel.temperature) == ("mc", "log_ratio", 1.0)
             apart = kernel.num_negatives == 1 or kernel.replacement
-            _require(drawn and apart and not self.loss.augmented, rule, kernel)
+            at_once = not kernel.runs_chains
+            _require(drawn and apart and at_once and not self.loss.augmented, rule, kernel)
+        if kernel.scoring == "lazy":
+            whole = [name for name in losses if name in POOL_LOSSES]
+            whole += ["augmented"] * self.loss.augmented
+            rule = "scoring: lazy needs losses of drawn negatives, since it scores no whole pool"
+            _require(not whole, rule, whole)

@@ -14,15 +14,17 @@ from conftest import build_model, torchrun, weights, words
 from mcpo import loop
 from mcpo.checkpoint import load_training
 from mcpo.cli import make_config
-from mcpo.config import Config, KernelConfig
+from mcpo.config import POOL_LOSSES, Config, KernelConfig
 from mcpo.engine.single import SingleEngine
 from mcpo.lazy_chains import LazyChains, largest_visit
+from mcpo.losses import LOSSES
 from mcpo.metrics import read_metrics
 from mcpo.optimizer import build_optimizer
 from mcpo.pack import pack
 from mcpo.policy import Policy
 from mcpo.recompute import largest_micro_batch, share_with_gradient
 from mcpo.records import TokenizedGroup
+from mcpo.reference import NoReference
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.step import StepWork, train_step
 from mcpo.train import main
@@ -100,6 +102,38 @@ def test_chains_begin_in_a_draw_by_the_references_score(score: str, slope: float
     # Of a row alone, whatever other rows there are.
     alone = LazyChains(groups[7:8], references, config_of(score=score)).state_dict()["state"]
     assert torch.equal(alone, state["state"][7:8])
+
+
+def test_a_live_reference_has_a_ratio_before_training_and_no_log_probabilities() -> None:
+    """What a lazy run begins with is known, or asked for; it never scores fully instead."""
+    known = LazyChains(GROUPS, NoReference(), config_of()).state_dict()["known"]
+    assert torch.equal(known, chains_of(config_of()).state_dict()["known"])
+    assert not known.any()
+    with pytest.raises(ValueError, match="score: logp begins with log-probabilities of the refere"):
+        LazyChains(GROUPS, NoReference(), config_of(score="logp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": ["mcpo", "infonca"]}, r"needs losses of drawn negatives, .* \['infonca'\]"),
+        ({"augmented": True}, r"needs losses of drawn negatives, .* \['augmented'\]"),
+        ({"loss_type": "mcpo_unbiased"}, "temperature 1, chain none, scoring full, with several"),
+    ],
+)
+def test_losses_that_need_more_than_a_chain_gives_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**options)
+    if "mcpo_unbiased" in options.values():
+        with pytest.raises(ValueError, match=message):
+            make_config(options | {"chain": "subset"})
+
+
+def test_losses_over_whole_pools_are_the_ones_that_are_refused() -> None:
+    whole = {name for name, loss in LOSSES.items() if loss.negatives == "pool"}
+    assert whole == set(POOL_LOSSES)
 
 
 # What is packed.
