@@ -24,6 +24,10 @@ from mcpo_kernels import SelectiveRecompute, sequence_logprobs
 from mcpo_kernels.integrations.packable import attention_of, text_decoder, use_packed_attention
 from mcpo_kernels.integrations.transformers import ATTENTION_NAME, checkpointed_layers, packed
 
+# Of "light", which keeps results of products: those of the head are kept for so many columns of the
+# vocabulary as this allows, and made once more for the others.
+LOGITS_MB = 256.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadScaling:
@@ -59,6 +63,8 @@ class ScoringHead(nn.Linear):
 
     def __init__(self, linear: nn.Linear, scaling: HeadScaling, impl: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.cache_mb = 0.0
+        """MiB of logits that a forward may keep for its backward."""
         self.weight = linear.weight
         self.bias = linear.bias
         self.scaling = scaling
@@ -82,6 +88,7 @@ class ScoringHead(nn.Linear):
             bias=self._bias_to(hidden_ND.dtype),
             softcap=self.scaling.softcap,
             scale=self.scaling.scale,
+            cache_mb=self.cache_mb,
             impl=self.impl,
         )
 
@@ -160,6 +167,7 @@ class Policy(nn.Module):
             ValueError: the model has no layers that can be recomputed.
         """
         self.recompute = mode
+        scoring_head(self.model).cache_mb = logits_mb(mode)
         if mode == "none":
             return
         if self.packs:
@@ -185,7 +193,8 @@ class Policy(nn.Module):
         with torch.autocast(
             device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
-            with nullcontext() if recompute is None else recompute.recording():
+            recording = nullcontext() if recompute is None else recompute.recording()
+            with recording, rows_of_tied_embeddings(self.model):
                 hidden_ND = self.scored_hidden(batch)
             head: Any = self.model.get_output_embeddings()
             return head(hidden_ND, batch)
@@ -235,6 +244,38 @@ def mismatched_logps(logp_S: Tensor, batch: PackedBatch) -> Tensor:
     """[P] the log-probabilities of the mismatched completions of a batch that has them."""
     assert batch.mismatched_P is not None
     return logp_S[batch.mismatched_P]
+
+
+def scoring_head(model: PreTrainedModel) -> ScoringHead:
+    """The head that ``Policy`` put into a model, without the adapter that may stand around it."""
+    outer: Any = model.get_output_embeddings()
+    head = getattr(outer, "base_layer", outer)
+    assert isinstance(head, ScoringHead)
+    return head
+
+
+def logits_mb(recompute: str) -> float:
+    """MiB of logits that are kept for the backward in a mode of ``mcpo.recompute``."""
+    return LOGITS_MB if recompute == "light" else 0.0
+
+
+@contextmanager
+def rows_of_tied_embeddings(model: PreTrainedModel) -> Generator[None]:
+    """Where head and embeddings have one weight, embeddings inside have a sparse gradient.
+
+    The head's is dense, so their sum is dense too, and no table of zeros need be made for the few
+    rows that tokens have. DDP asks modules beforehand what their gradients will be; so the flag is
+    set for a forward and not for good.
+    """
+    embeddings, head = model.get_input_embeddings(), scoring_head(model)
+    if not isinstance(embeddings, nn.Embedding) or embeddings.weight is not head.weight:
+        yield
+        return
+    before, embeddings.sparse = embeddings.sparse, True
+    try:
+        yield
+    finally:
+        embeddings.sparse = before
 
 
 def disable_dropout(model: nn.Module) -> None:

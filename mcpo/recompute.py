@@ -5,7 +5,9 @@ mode       kept until the negatives are drawn, for all rows  computed again, for
 =========  ================================================  ==================================
 none       everything                                        nothing; but the backward runs over
                                                              all rows
-light      inputs of layers, results of linear layers        what lies between linear layers
+light      inputs of layers, results of linear layers,       what lies between these
+           of attention where its kernel allows, and of
+           the head
 selective  inputs of layers                                  the layers
 full       inputs of layers                                  the layers, over all rows
 =========  ================================================  ==================================
@@ -28,13 +30,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mcpo.config import Config, ModelConfig
 from mcpo.engine.choose import bytes_per_parameter
 from mcpo.lazy_chains import largest_visit, most_visited
+from mcpo.losses import reaches_pool
 from mcpo.pack import packed_length
+from mcpo.policy import logits_mb
 from mcpo.records import TokenizedGroup
 from mcpo.reference import resolved_kind
 from mcpo_kernels.integrations.transformers import checkpointed_layers
 
 # Of a float32 parameter that is not trained.
 BYTES_FROZEN = 4
+# Of the casts of a parameter, which the modes hold that keep the results of products.
+BYTES_PER_CAST = 2
 # The estimate of activations is right to a factor of two, by test.
 SAFETY = 2
 # Of a row with gradient, "light" computes again what is not a product, about a tenth of the work
@@ -85,9 +91,12 @@ def resolve_recompute(
     except ValueError as error:
         return Recompute("none", f"auto: {error}")
     kernel = config.kernel
+    drawn = kernel.num_negatives
+    if reaches_pool(config.loss):
+        drawn = max(group.num_candidates for group in groups)
     share = share_with_gradient(
         groups,
-        kernel.num_negatives,
+        drawn,
         config.model.shares_prefixes,
         num_scored=most_visited(kernel) if kernel.scoring == "lazy" else None,
     )
@@ -136,6 +145,9 @@ def _fits(
     """Whether the memory is enough for a mode, and what is needed of it."""
     tokens = largest_micro_batch(config, groups)
     needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
+    if mode in ("none", "light"):
+        needed += model.num_parameters() * BYTES_PER_CAST
+    needed += int(logits_mb(mode) * 2**20)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
 
 
@@ -204,8 +216,8 @@ def activation_bytes(config: PretrainedConfig, num_tokens: int, mode: str) -> in
 
     Per token and layer: four vectors of the residual stream and its norms in float32; queries,
     keys, values and attention output, and four of the feed-forward width, in two bytes each. With
-    recompute a layer keeps its input, "light" the results of its seven linear layers too, and one
-    layer at a time all of it.
+    recompute a layer keeps its input, "light" the results of its seven linear layers and of
+    attention too, and one layer at a time all of it.
     """
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
@@ -213,7 +225,7 @@ def activation_bytes(config: PretrainedConfig, num_tokens: int, mode: str) -> in
     inside = 4 * 4 * hidden + 2 * 4 * hidden + 2 * 4 * wide
     if mode == "none":
         return num_tokens * inside * layers
-    products = 2 * (5 * hidden + 2 * wide) if mode == "light" else 0
+    products = 2 * (6 * hidden + 2 * wide) if mode == "light" else 0
     return num_tokens * ((4 * hidden + products) * layers + inside)
 
 

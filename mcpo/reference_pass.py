@@ -82,7 +82,12 @@ def reference_logps(
     """
     every = (*groups.train, *groups.held_out)
     share = config.model.shares_prefixes
-    batches = split_by_budget(every, config.optim.max_tokens_per_micro_batch, share)
+    # Apart: held-out groups have no mismatched completions where the others may.
+    batches = [
+        batch
+        for part in (groups.train, groups.held_out)
+        for batch in split_by_budget(part, config.optim.max_tokens_per_micro_batch, share)
+    ]
     folder = _folder(engine, config, weights)
     began = as_it_began(engine.policy, config)
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mcpo_kernels.linear_logprob.triton.tuning import Key
 
 NUM_TOKENS, NUM_VOCAB = 4096, 32768
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# float32 has one tile.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def tune(
@@ -32,14 +33,13 @@ def tune(
     say: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Find the fastest tile of each key and keep it."""
-    from mcpo_kernels.linear_logprob.triton import tiles, tuning
+    from mcpo_kernels.linear_logprob.triton import tuning
 
     for key in wanted:
         time = timer(device, dtype, hidden, key)
-        space = list(tiles.space(key.kernel, key.family, key.operands))
-        best, taken = tuning.fastest(space, time)
+        best, taken = tuning.fastest(key.space, time)
         tuning.save(key, best, taken)
-        default = space[0]
+        default = key.space[0]
         before = f"{taken[default]:.3f} ms" if default in taken else "does not run"
         say(f"{key.kernel}: {tuple(best)} {taken[best]:.3f} ms; {tuple(default)} {before}")
     tuning.forget()
@@ -56,14 +56,13 @@ def timer(
     from mcpo_kernels.linear_logprob.triton import tiles
     from mcpo_kernels.linear_logprob.triton.backward import backward
     from mcpo_kernels.linear_logprob.triton.forward import forward
-    from mcpo_kernels.linear_logprob.triton.launch import Launch, precision_of, using
+    from mcpo_kernels.linear_logprob.triton.launch import Launch, using
 
     hidden_ND = torch.randn(NUM_TOKENS, hidden, device=device).to(dtype)
     weight_VD = (torch.randn(NUM_VOCAB, hidden, device=device) / hidden**0.5).to(dtype)
     target_N = torch.randint(NUM_VOCAB, (NUM_TOKENS,), device=device)
     grad_N = torch.ones(NUM_TOKENS, device=device)
     head = Head(weight_VD, None, None, 1.0)
-    precision = precision_of(key.family) if key.operands == "fp32" else "ieee"
     default = tiles.default_tiles(key.family, key.operands)
 
     def run() -> None:
@@ -75,14 +74,14 @@ def timer(
     def time(tile: Tile) -> float | None:
         chosen = {**default, key.kernel: tile}
         try:
-            with using(Launch(key.family, key.operands, precision, chosen)):
+            with using(Launch(key.family, key.operands, "ieee", chosen)):
                 # One number, as no quantiles are asked for.
                 taken: Any = do_bench(run)
                 return float(taken)
         except OutOfResources:
             return None
 
-    with using(Launch(key.family, key.operands, precision, default)):
+    with using(Launch(key.family, key.operands, "ieee", default)):
         saved = Saved(hidden_ND, target_N, forward(hidden_ND, target_N, head, 0))
     return time
 

@@ -272,7 +272,7 @@ def test_every_loss_and_metric_is_in_the_mathematics() -> None:
     metrics = {
         name
         for path in sources
-        for name in re.findall(r'"((?:rewards|logps|mc)/\w+)"', path.read_text())
+        for name in re.findall(r'"((?:rewards|logps|mc|bco|kto)/\w+)"', path.read_text())
     }
     assert metrics
     assert [name for name in sorted(metrics) if f"`{name}`" not in text] == []

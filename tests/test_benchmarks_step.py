@@ -208,19 +208,25 @@ def test_operations_by_hand():
     costs = flops.Costs.of(model)
     # Two layers: queries and output 32x32, keys and values 16x32, three of 64x32.
     assert costs == flops.Costs(
-        token=2 * 2 * (2 * 1024 + 2 * 512 + 3 * 2048), pair=4 * 32 * 2, row=2 * 32 * 97
+        token=2 * 2 * (2 * 1024 + 2 * 512 + 3 * 2048),
+        pair=4 * 32 * 2,
+        row=2 * 32 * 97,
+        vocabulary=97,
     )
     group = TokenizedGroup(row_id="r", prompt_ids=(9, 9, 9), candidate_ids=((9, 9), (8, 8), (7, 7)))
     posed = Problem(groups=(group,), reference={"r": (0, 0, 0)}, step=0, drawn=(2,), dtype="fp32")
-    unit = flops.Costs(token=1, pair=0, row=0), flops.Costs(token=0, pair=1, row=0)
-    head = flops.Costs(token=0, pair=0, row=1)
+    unit = [
+        flops.Costs(token=token, pair=pair, row=row, vocabulary=97)
+        for token, pair, row in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
 
     def counted(name: str, recompute: str) -> tuple[float, ...]:
-        return tuple(flops.count(named(name), recompute, posed, each) for each in (*unit, head))
+        return tuple(flops.count(named(name), recompute, posed, each) for each in unit)
 
     # Packed: 3 + 3 tokens; 6 pairs of the prompt, and 3 + 1 of each candidate.
     assert counted("mcpo", "none") == (18, 3.5 * 18, 6 + 3 * 4)
-    assert counted("mcpo", "light") == (6 + 2 * 5, 18 + 3.5 * 14, 6 + 3 * 4)
+    # Attention is not computed again, and logits are kept.
+    assert counted("mcpo", "light") == (6 + 2 * 5, 18 + 2.5 * 14, 6 + 2 * 4)
     assert counted("mcpo", "selective") == (6 + 3 * 5, 18 + 3.5 * 14, 6 + 3 * 4)
     assert counted("mcpo", "full") == (24, 4.5 * 18, 6 + 3 * 4)
     # Chosen, drawn and one more: here the whole pool.
@@ -234,18 +240,21 @@ def test_operations_by_hand():
     assert flops.packed_tokens(named("mcpo"), more) == 8
     assert counted("dpo", "none") == (15, 3.5 * 14, 4 * 4)
     # Padded: 2 or 3 rows of 5 tokens, 15 pairs each.
-    assert counted("dpo_padded", "none") == (30, 3.5 * 30, 4 * 4)
+    assert counted("dpo_padded", "none") == (30, 3.5 * 30, 3 * 4)
     assert counted("dpo_padded_checkpointed", "full") == (40, 4.5 * 30, 4 * 4)
-    assert counted("mcpo_naive", "none") == (15 + 30, 45 + 3.5 * 30, 6 + 4 * 4)
+    assert counted("mcpo_naive", "none") == (15 + 30, 45 + 3.5 * 30, 6 + 3 * 4)
     # Of TRL all positions but the last are scored.
     assert counted("trl_default", "full") == (40, 4.5 * 30, 4 * 8)
     assert counted("trl_eager", "none") == (30, 3.5 * 30, 3 * 8)
+    # Of a vocabulary so large that half of the logits of six rows are kept.
+    large = flops.Costs(token=0, pair=0, row=1, vocabulary=2 * 2**28 // (4 * 6))
+    assert flops.count(named("mcpo"), "light", posed, large) == pytest.approx(6 + 2.5 * 4)
     tokens = [flops.packed_tokens(named(name), posed) for name in ("mcpo", "dpo", "mcpo_naive")]
     assert tokens == [6, 5, 25]
 
 
 def test_padding_is_to_the_longest_on_the_right():
-    padded = pad(ragged_groups())
+    padded = pad(ragged_groups(), torch.device("cpu"))
     lengths = [
         len(group.prompt_ids) + len(ids) for group in ragged_groups() for ids in group.candidate_ids
     ]
@@ -372,7 +381,7 @@ def test_rounds_stop_where_the_budget_does(tmp_path):
         (["--completion", "1"], "--completion must be at least 2, got 1"),
         (["--data", "nowhere.jsonl"], "--data must name a file, got nowhere.jsonl"),
         (["--quick", "--arms", "ours"], "--arms must be out of mcpo, .*; got ours"),
-        (["--no_time", "--no_memory"], "--no_time goes with neither"),
+        (["--no_time", "--no_memory"], "--no_time goes with none of"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, capsys):

@@ -1,6 +1,9 @@
-"""The fused head on a CUDA device: what tests/test_kernels_linear_logprob.py asks of CPUs.
+"""The fused head on a CUDA device: values, gradients, bits; test_gpu_device.py has the rest.
 
 pytest -m gpu
+
+TRITON_INTERPRET=1 before it tries these tests themselves on a CPU, but for bfloat16 and minutes of
+large shapes.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import pytest
 import torch
 
 from mcpo_kernels import Impl, linear_logprob, resolve, sequence_logprobs
+from mcpo_kernels.linear_logprob.triton import tiles
 from mcpo_kernels.testing import SHAPES, Case, Shape, assert_within_budget, evaluate, make_inputs
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What models are trained in goes first: if time runs out, it ran.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMPLS = ("triton", "chunked")
 ALIGNED, RAGGED, *_ = SHAPES
 LARGE = (
@@ -32,11 +37,16 @@ LARGE = (
 )
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "all": {"bias": True, "softcap": 30.0, "scale": 2.0},
     "bias": {"bias": True},
     "softcap": {"softcap": 5.0},
-    "scale": {"scale": 0.3},
-    "all": {"bias": True, "softcap": 30.0, "scale": 2.0},
+    "scale": {"scale": -0.3},
 }
+# Every kernel is compiled for every one of these: parts of a head in one dtype alone.
+GRID = [
+    *((torch.bfloat16, head) for head in HEADS),
+    *((dtype, head) for dtype in (torch.float16, torch.float32) for head in ("plain", "all")),
+]
 
 
 def shape_id(shape: Shape) -> str:
@@ -62,12 +72,11 @@ def test_auto_takes_the_kernel(device, dtype):
     assert resolve("auto", device, dtype).impl is Impl.TRITON
 
 
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize(("dtype", "head"), GRID, ids=str)
 def test_value_and_gradients_within_budget(device, impl, dtype, shape, head):
-    assert_within_budget(impl, inputs(device, shape, dtype, **head))
+    assert_within_budget(impl, inputs(device, shape, dtype, **HEADS[head]))
 
 
 @pytest.mark.parametrize("head", ["plain", "all"])
@@ -75,6 +84,24 @@ def test_value_and_gradients_within_budget(device, impl, dtype, shape, head):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_cases_within_budget(device, dtype, shape, head):
     assert_within_budget("triton", inputs(device, shape, dtype, **HEADS[head]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_filter_of_next_to_nothing_is_within_the_budget_of_the_whole(device, dtype):
+    case = inputs(device, Shape(301, 64, 2503), dtype, **HEADS["all"])
+    assert_within_budget("triton", case, filter_mass=1e-20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_filter_leaves_out_what_has_no_mass(device, dtype):
+    case = inputs(device, Shape(301, 64, 2503), dtype, bias=True)
+    case.targets.remainder_(128)
+    assert case.bias is not None
+    case.bias[128:2048] -= 60.0
+    exact, filtered = (evaluate("triton", case, filter_mass=mass) for mass in (0.0, 0.01))
+    assert torch.equal(filtered.logp, exact.logp)
+    assert filtered.dweight[128:2048].count_nonzero() == 0
+    assert filtered.dweight[:128].count_nonzero() > 0
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -196,6 +223,21 @@ def test_bits_of_a_row_depend_on_nothing_but_the_row(device, dtype, num_vocab):
     together = score(everything)
     for rows in (everything[:1], everything[3:4], everything[5:22], everything.flip(0)):
         assert torch.equal(score(rows), together[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_gradient_depend_on_nothing_but_the_row(device, dtype, monkeypatch):
+    case = inputs(device, Shape(301, 100, 4099), dtype)
+    whole = evaluate("triton", case)
+    for rows in (slice(6, 7), slice(150, 301)):
+        part = dataclasses.replace(
+            case, hidden=case.hidden[rows], targets=case.targets[rows], grad=case.grad[rows]
+        )
+        assert torch.equal(evaluate("triton", part).dhidden, whole.dhidden[rows])
+    # Slabs of the vocabulary, narrower.
+    monkeypatch.setattr(tiles, "SCRATCH_MIB", 0)
+    for ours, other in zip(evaluate("triton", case)[:3], whole[:3], strict=True):
+        assert torch.equal(ours, other)
 
 
 def test_sequence_sums(device):

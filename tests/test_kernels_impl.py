@@ -139,6 +139,18 @@ def test_float32_products_follow_torch(wanted, expected):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_float32_products_follow_the_newer_words_of_torch_too():
+    """After which torch refuses to be asked in the old ones."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        assert launch.precision_of("sm90") == "tf32x3"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert launch.precision_of("sm90") == "ieee"
+
+
 @pytest.mark.parametrize("name", [impl.value for impl in Impl if impl is not Impl.AUTO])
 def test_an_explicit_choice_never_falls_back(name):
     if available_impls()[Impl(name)].available:

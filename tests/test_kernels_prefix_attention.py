@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mcpo_kernels import PrefixLayout, prefix_attention
-from mcpo_kernels.prefix_attention import plan, sdpa
+from mcpo_kernels.prefix_attention import pieces, plan, sdpa
 from mcpo_kernels.prefix_attention.reference import visible
 
 LAYOUTS = {
@@ -104,7 +104,7 @@ def test_random_trees(seed):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_runs_longer_than_a_block(layout, rule, monkeypatch):
     monkeypatch.setattr(sdpa, "EXPLICIT_BLOCK", 4)
-    monkeypatch.setattr(sdpa, "MIN_WINDOW_BLOCK", 2)
+    monkeypatch.setattr(pieces, "MIN_WINDOW_BLOCK", 2)
     assert_agree(layout, make_tensors(layout, sinks="sinks" in rule), rule)
 
 

@@ -157,7 +157,7 @@ def test_rows_with_gradient_are_put_in_front(rows, count):
     assert found.count_1.tolist() == [count]
     assert found.row_N[:count].tolist() == list(rows)
     assert torch.equal(found.hidden_ND[:count], case.hidden[list(rows)])
-    assert torch.equal(found.number_3N[0, :count], lse[list(rows)])
+    assert torch.equal(found.number_N3[:count, 0], lse[list(rows)])
 
 
 @interpreted
@@ -319,6 +319,18 @@ def test_no_kernel_multiplies_by_the_length_of_a_row_itself():
                     assert not names & lengths, f"{path.name}: {ast.unparse(node)}"
                     products += 1
     assert products > 10
+
+
+def test_no_kernel_takes_more_than_twelve_arguments_at_run_time():
+    """What a reader can hold, and registers."""
+    counts: dict[str, int] = {}
+    for path in Path(logits.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                arguments = function.args.args
+                counts[function.name] = sum(each.annotation is None for each in arguments)
+    assert len(counts) == 8
+    assert max(counts.values()) <= 12, counts
 
 
 @triton.jit

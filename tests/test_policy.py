@@ -164,6 +164,44 @@ def test_gradients_equal_those_of_plain_forwards(tied: bool) -> None:
         assert (ours.grad - oracle).abs().max() <= budget, name
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_gradient_of_embeddings_is_dense_and_the_same_however_it_is_added(tied: bool) -> None:
+    """Over two micro-batches; of tokens that come twice too."""
+    gradients, asked = [], []
+    for spared in (True, False):
+        policy = policy_of(build_model(tied=tied).double())
+        embeddings = policy.model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(lambda module, _: asked.append(module.sparse))
+        if not spared:
+            embeddings.register_forward_pre_hook(lambda module, _: setattr(module, "sparse", False))
+        for groups in (GROUPS, GROUPS[:1]):
+            batch = pack(groups, share_prefix=True)
+            policy(batch).sum().backward()
+        assert not embeddings.sparse
+        gradients.append(embeddings.weight.grad)
+    assert asked == [tied] * 4
+    ours, plain = gradients
+    assert not ours.is_sparse
+    # A row adds up some ten numbers, in another order.
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-15 * plain.abs().max().item())
+
+
+def test_light_keeps_logits_and_changes_no_bit_by_it() -> None:
+    gradients = []
+    for kept in (True, False):
+        policy = policy_of(build_model().train(), recompute="light")
+        head = policy.model.get_output_embeddings()
+        assert head.cache_mb > 0
+        head.cache_mb *= kept
+        batch = pack(GROUPS, share_prefix=True)
+        policy(batch, policy.recompute_of(batch)).sum().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.equal(ours, plain)
+    policy.set_recompute("selective")
+    assert head.cache_mb == 0
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointed in (False, True):

@@ -68,9 +68,14 @@ def test_a_tracker_is_sent_the_lines_of_the_file(
     assert lines[2]["num_tokens"] > lines[1]["num_tokens"] > lines[0]["num_tokens"]
 
 
-@pytest.mark.parametrize("num_groups", [15, 13], ids=["uneven-shares", "a-rank-without-rows"])
+@pytest.mark.parametrize(
+    ("num_groups", "objective"),
+    # The second has a mean over tokens and one over earlier steps.
+    [(15, {}), (13, {"loss_type": "kto", "sft_weight": 0.3, "num_negatives": 2})],
+    ids=["uneven-shares", "a-rank-without-rows"],
+)
 def test_two_processes_make_the_update_of_one(
-    arguments: dict[str, Any], tmp_path: Path, num_groups: int
+    arguments: dict[str, Any], tmp_path: Path, num_groups: int, objective: dict[str, Any]
 ) -> None:
     """Steps of 4, the last of an epoch of 3 or 1; ranks differ in micro-batches.
 
@@ -81,7 +86,7 @@ def test_two_processes_make_the_update_of_one(
     data = write_jsonl(tmp_path / "train.jsonl", candidate_lines(num_groups, seed=0))
     descent = {"train_data": data, "adam_epsilon": 1e6, "learning_rate": 1e5, "adam_beta1": 0}
     descent |= {"max_grad_norm": "inf", "lr_scheduler_type": "constant", "warmup_ratio": 0}
-    one = arguments | descent | {"per_device_train_batch_size": 4}
+    one = arguments | descent | objective | {"per_device_train_batch_size": 4}
     two = one | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
     main(words(one))
     torchrun(two, 2)

@@ -23,10 +23,13 @@ from replayed_layers import (
 )
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcpo_kernels import PrefixLayout, SelectiveRecompute
+from mcpo_kernels.prefix_attention import cpu
 from mcpo_kernels.prefix_attention.mask import PackedMask
+from mcpo_kernels.selective_recompute import products
 
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["selective", "light"])
@@ -52,7 +55,9 @@ def test_what_is_held_shrinks_with_the_choice_and_goes_with_the_backward(
 ) -> None:
     layers = make_layers(3)
     recompute, output = start(layers, inputs(), keep_products=keep_products)
-    numbers_of_a_row = D + (3 * D + D if keep_products else 0)
+    # The input; the results of both linear layers; of attention that of two heads, with a
+    # log-sum-exp each.
+    numbers_of_a_row = D + (3 * D + D + D + 2 if keep_products else 0)
     assert recompute.kept_bytes() == 3 * T * numbers_of_a_row * 8
     recompute.choose(CHOSEN)
     assert recompute.kept_bytes() == 3 * len(KEPT) * numbers_of_a_row * 8
@@ -226,8 +231,8 @@ def test_a_result_changed_in_place_is_computed_again() -> None:
     plain = plainly(layers, hidden)
     recompute, output = start(layers, hidden, keep_products=True)
     recompute.choose(CHOSEN)
-    # Of each layer the input, and the product that stayed as it was.
-    assert recompute.kept_bytes() == 2 * len(KEPT) * (D + D) * 8
+    # Of each layer the input, attention, and the product that stayed as it was.
+    assert recompute.kept_bytes() == 2 * len(KEPT) * (D + D + D + 2) * 8
     weighted(output).backward()
     assert_same(gradients(layers, hidden), plain)
 
@@ -251,6 +256,83 @@ def test_autocast_is_that_of_the_forward() -> None:
     assert dtypes == [torch.bfloat16, torch.bfloat16]
     assert layers[0].out.weight.grad.dtype == torch.float32
     assert layers[0].out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("keep_products", "again"), [(True, 0), (False, 2)])
+def test_attention_runs_once_where_its_results_are_kept(
+    keep_products: bool, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts and their chosen candidates have pieces of three shapes."""
+    calls = []
+    kernel = cpu._kernel
+    monkeypatch.setattr(
+        cpu, "_kernel", lambda *args, **kw: calls.append(args) or kernel(*args, **kw)
+    )
+    layers, hidden = make_layers(2), inputs()
+    recompute, output = start(layers, hidden, keep_products=keep_products)
+    recompute.choose(CHOSEN)
+    first = len(calls)
+    assert first > 0
+    weighted(output).backward()
+    kept_shapes = len({tuple(args[0].shape) for args in calls[first:]})
+    assert (len(calls) - first) == again * kept_shapes
+
+
+def test_a_weight_is_cast_once_and_an_input_once_for_those_that_share_it() -> None:
+    class Sharing(GradientCheckpointingLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, hidden):
+            return hidden + self.one(hidden) * self.two(hidden)
+
+    torch.manual_seed(0)
+    layers, hidden = nn.ModuleList([Sharing()]).train(), inputs().detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layers[0](hidden)
+    weighted(output).backward()
+    plain = gradients(layers, hidden)
+    recompute = SelectiveRecompute(layers, LAYOUT, keep_products=True)
+    with Casts() as casts:
+        with torch.autocast("cpu", dtype=torch.bfloat16), recompute.recording():
+            output = layers[0](hidden)
+        recompute.choose(CHOSEN)
+        weighted(output).backward()
+    # Weights, biases and the input of the first run; the input of the second, and the gradient of
+    # what is added to the float32 residual.
+    first, again = [(D, D), (D,), (1, T, D), (D, D), (D,)], [(1, len(KEPT), D)] * 2
+    assert casts.to_bf16 == [*first, *again]
+    for ours, theirs in zip(gradients(layers, hidden), plain, strict=True):
+        # Sums over other numbers of rows may be rounded otherwise once, to bf16.
+        assert (ours - theirs).abs().max() <= 2**-8 * theirs.abs().max()
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast to bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_bf16: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.to_bf16.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(0, 1, 6)], ids=["plain", "bias"])
+def test_float32_products_are_those_of_torch(bias: torch.Tensor | None) -> None:
+    """Of operands that are transposed views too, as in a backward; oneDNN multiplies them."""
+    torch.manual_seed(0)
+    left, right = torch.randn(5, 8), torch.randn(8, 6)
+    exact = left.double() @ right.double() + (0 if bias is None else bias.double())
+    # Eight products, their sum and the bias, of numbers of the size of one.
+    band = 9 * torch.finfo(torch.float32).eps * (left.abs() @ right.abs() + 1)
+    for one in (left, left.T.contiguous().T):
+        for other in (right.T, right.T.contiguous()):
+            assert ((products.multiply(one, other, bias) - exact).abs() <= band).all()
 
 
 class Router(GradientCheckpointingLayer):

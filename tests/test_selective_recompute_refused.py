@@ -151,5 +151,5 @@ def test_a_layer_that_runs_otherwise_the_second_time_is_refused() -> None:
     layers = nn.ModuleList([Fickle()]).double().train()
     recompute, output = start(layers, inputs(), keep_products=True)
     recompute.choose(CHOSEN)
-    with pytest.raises(RuntimeError, match="same linear layers in the same order"):
+    with pytest.raises(RuntimeError, match="make the same calls in the same order"):
         weighted(output).backward()

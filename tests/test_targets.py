@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import triton
 
-from mcpo_kernels.targets import page
+from mcpo_kernels.targets import kept, page
 from mcpo_kernels.targets.build import Binary
 from mcpo_kernels.targets.devices import TARGETS, blocks_per_processor
 from mcpo_kernels.targets.listing import Listing, Loop, read_amdgcn, read_loops, read_sass
@@ -213,6 +214,51 @@ def test_a_kernel_without_products_needs_neither_loops_nor_tensor_cores():
     row = verdict(dataclasses.replace(changed(products={}, loads={4: 1}), loops=()))
     assert row.ok
     assert row.pipelined is None
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Kernels that were compiled, in a cache of their own."""
+    seen: list[str] = []
+
+    def build(launch: Any, target: Any) -> Binary:
+        seen.append(f"{launch.kernel} {target.name}")
+        return GOOD
+
+    monkeypatch.setenv("MCPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(kept, "build", build)
+    return seen
+
+
+def launch(source: str = "a", identity: str = "i") -> Any:
+    return SimpleNamespace(
+        kernel="f", identity=identity, function=SimpleNamespace(cache_key=source)
+    )
+
+
+def test_what_was_compiled_is_kept_until_something_that_decides_it_changes(made, monkeypatch):
+    def build(launch: Any, target: str = "sm_80", fresh: bool = False) -> Binary:
+        return kept.build_once(launch, TARGETS[target], fresh=fresh)
+
+    assert build(launch()) == build(launch()) == GOOD
+    assert made == ["f sm_80"]
+    build(launch(), fresh=True)
+    build(launch(source="b"))
+    build(launch(identity="j"))
+    build(launch(), target="sm_90")
+    assert len(made) == 5
+    monkeypatch.setattr(kept, "_constant_parts", lambda: ["another version"])
+    build(launch())
+    assert len(made) == 6
+    assert len(list(kept.folder().iterdir())) == 5
+
+
+def test_the_versions_of_compilers_and_readers_decide_what_is_kept():
+    version, tools, *sources = kept._constant_parts()
+    assert version == triton.__version__
+    assert "ptxas" in tools
+    assert any("def read_sass" in source for source in sources)
+    assert any("def build(" in source for source in sources)
 
 
 def square_or_die(number: int) -> int | str:

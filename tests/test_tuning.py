@@ -146,6 +146,28 @@ def test_a_write_that_fails_leaves_the_old_tile(cache, monkeypatch):
     assert tuning.load(key()) == last("forward")
 
 
+def test_two_writers_of_a_file_do_not_meet(cache, monkeypatch):
+    """Not even with one process id, as on two machines that share a folder."""
+    names: list[str] = []
+    monkeypatch.setattr(Path, "replace", lambda self, target: names.append(self.name))
+    for _ in range(2):
+        tuning.save(key(), last("forward"), {})
+    assert len(set(names)) == 2
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.delenv("MCPO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert tuning.folder() == Path("~/.cache/mcpo/tiles").expanduser()
+
+
+def test_of_one_tile_nothing_is_tuned(tuned, monkeypatch):
+    monkeypatch.setenv("MCPO_TUNE", "1")
+    found = tuning.tiles_for(DEVICE, "sm90", torch.float32, 4096)
+    assert found == tiles.default_tiles("sm90", "fp32")
+    assert tuned == []
+
+
 def test_tiles_that_do_not_run_are_passed_over():
     space = [Tile(64, 64, 32, 4, 2, 8), Tile(128, 64, 32, 4, 2, 8), Tile(64, 128, 32, 4, 2, 8)]
     times = dict(zip(space, (None, 3.0, 2.0), strict=True))

@@ -100,21 +100,23 @@ def scatter(number, *, sum_ptr, row_ptr, count_ptr, dhidden_ptr, **_):
 
 
 def dlogits(number, *, hidden_ptr, weight_ptr, bias_ptr, target_ptr, number_ptr, **k):
-    n, w, count = k["num_tokens"], k["num_columns"], int(k["count_ptr"])
-    blocks_v = cdiv(w, k["BLOCK_V"])
-    row_block, column_block = block_pair(number, cdiv(n, k["BLOCK_N"]), blocks_v, k["GROUP"])
-    rows = slice(row_block * k["BLOCK_N"], min((row_block + 1) * k["BLOCK_N"], count))
+    n, w = hidden_ptr.shape[0], k["num_columns"]
+    blocks_n, blocks_v = k["height_ptr"].shape
+    assert blocks_v == cdiv(w, k["BLOCK_V"])
+    row_block, column_block = block_pair(number, blocks_n, blocks_v, k["GROUP"])
+    height = int(k["height_ptr"][row_block, column_block])
+    rows = slice(row_block * k["BLOCK_N"], row_block * k["BLOCK_N"] + height)
     columns = slice(column_block * k["BLOCK_V"], min((column_block + 1) * k["BLOCK_V"], w))
-    if rows.start >= count:
+    if height <= 0:
         if k["dbias_ptr"] is not None:
             k["dbias_ptr"][row_block, columns] = 0.0
         return
     logits = logits_tile(
         hidden_ptr, weight_ptr, bias_ptr, rows, columns, k["softcap"], k["scale"], k["BLOCK_D"]
     )
-    lse, grad, target_grad = number_ptr[:, rows]
+    lse, grad, target_grad = number_ptr[rows].unbind(1)
     dz = -grad[:, None] * (logits - lse[:, None]).exp()
-    inside, column_of = place(target_ptr[rows] - k["first_column"], columns)
+    inside, column_of = place(target_ptr[rows], columns)
     dz[inside, column_of] = target_grad[inside]
     if k["softcap"] is not None:
         dz *= 1.0 - (logits / k["softcap"]) ** 2

@@ -5,7 +5,7 @@
 ``--json FILE`` writes one object:
 
     point        what was measured
-    seconds      of each arm, and of trl_best: median CPU seconds by thread
+    seconds      of each arm, and of trl_best: median CPU seconds by thread; of a GPU its own
     peak_bytes   of each arm, beyond the weights; null with --no_memory
     recompute    of each arm, what its backward computes again
     trl_best     the arm of TRL that it stands for
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import provenance
-from benchmarks.cells import parse_names
+from benchmarks.cells import DEVICES, parse_names
 from benchmarks.peers import Missing
 from benchmarks.step import arms, bars, rows, session, tables
 from benchmarks.step.points import DTYPES, MODELS, QUICK, Point
@@ -47,11 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if options.no_time and (options.no_memory or options.json):
-        print("error: --no_time goes with neither --no_memory nor --json", file=sys.stderr)
+    if options.no_time and (options.no_memory or options.json or options.device != "cpu"):
+        print("error: --no_time goes with none of --no_memory, --json, --device", file=sys.stderr)
         return 2
-    origin = provenance.collect(provenance.command("python -m benchmarks.step", arguments))
-    results: Path = options.results or (rows.QUICK if options.quick else rows.FULL)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "error: --device cuda needs a CUDA or ROCm device, and torch sees none", file=sys.stderr
+        )
+        return 2
+    command = provenance.command("python -m benchmarks.step", arguments)
+    origin = provenance.collect(command, options.device)
+    results: Path = options.results or _results(options)
     try:
         point = _point(options)
         chosen = [arms.named(name) for name in _names(options)]
@@ -74,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(as_json(by_arm), indent=1) + "\n")
     return 0
+
+
+def _results(options: argparse.Namespace) -> Path:
+    if options.quick:
+        return rows.QUICK
+    return rows.CUDA if options.device == "cuda" else rows.FULL
 
 
 def as_json(found: Mapping[str, Row]) -> dict[str, Any]:
@@ -118,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder or a Hugging Face name")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--completion", type=int, default=128, help="tokens of each candidate")
     parser.add_argument("--pool", type=int, default=5, help="candidates besides the chosen one")
@@ -157,7 +170,7 @@ def _point(options: argparse.Namespace) -> Point:
         FileNotFoundError: there is no such file of rows.
     """
     if options.quick:
-        return dataclasses.replace(QUICK[0], dtype=options.dtype)
+        return dataclasses.replace(QUICK[0], dtype=options.dtype, device=options.device)
     for name, least in (("prompt", 1), ("completion", 2), ("pool", 1), ("groups", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
@@ -172,6 +185,7 @@ def _point(options: argparse.Namespace) -> Point:
         pool=options.pool,
         groups=options.groups,
         data="" if data is None else data.name,
+        device=options.device,
     )
 
 

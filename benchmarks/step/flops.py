@@ -5,11 +5,10 @@
     attention  4 * width of queries, for each pair of a token and one it attends to, and each
                layer: forward 1, again 1, backward 2.5, because it makes the weights once more
     head       2 * hidden size * vocabulary, for each scored row: forward 1, and where the row has
-               a gradient 3, because the logits are made once more
+               a gradient 3, because the logits are made once more, or 2 if they are kept
 
 "Again" is what the backward recomputes. Elementwise work, norms and embeddings are not counted: a
-step that has little else costs more than this says. Padding is counted, as it is multiplied. Where
-logits are stored, a row's backward is 2.
+step that has little else costs more than this says. Padding is counted, as it is multiplied.
 """
 # P prompts
 
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from benchmarks.step.arms import Arm
 from benchmarks.step.problem import Problem
 from mcpo.pack import packed_length
+from mcpo.policy import logits_mb
 from mcpo.records import TokenizedGroup
 
 
@@ -33,6 +33,7 @@ class Costs:
     token: float
     pair: float
     row: float
+    vocabulary: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Costs:
@@ -50,6 +51,7 @@ class Costs:
             token=2.0 * sum(layers),
             pair=4.0 * width * text.num_hidden_layers,
             row=2.0 * text.hidden_size * text.vocab_size,
+            vocabulary=text.vocab_size,
         )
 
 
@@ -93,16 +95,26 @@ def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
             forward, rows = forward + _padded(problem.groups), rows + _rows(problem.groups)
     again = {
         "none": NOTHING,
-        # The results of products are kept, and attention is none of them.
-        "light": Work(0, backward.pairs),
+        # The results of products and, on the CPU, of attention are kept.
+        "light": NOTHING,
         "selective": backward,
         "full": backward,
     }[recompute]
+    logits = (rows if arm.kind == "packed" else trained_rows) * costs.vocabulary
     return (
         costs.token * (forward.tokens + again.tokens + 2 * backward.tokens)
         + costs.pair * (forward.pairs + again.pairs + 2.5 * backward.pairs)
-        + costs.row * (rows + (2 if arm.kind == "trl_stored" else 3) * trained_rows)
+        + costs.row * (rows + (3 - _kept(arm, recompute, logits)) * trained_rows)
     )
+
+
+def _kept(arm: Arm, recompute: str, logits: int) -> float:
+    """Share of the logits that the backward finds."""
+    if arm.is_trl:
+        return float(arm.kind == "trl_stored")
+    # Padded steps keep as much as the packed ones that keep as much of their layers.
+    mode = "light" if arm.kind != "packed" and recompute == "none" else recompute
+    return min(1.0, logits_mb(mode) * 2**20 / (4 * logits))
 
 
 def packed_tokens(arm: Arm, problem: Problem) -> int:

@@ -124,8 +124,8 @@ def plain_step(
     logps: list[Tensor] = []
     for group in pairs.groups:
         for ids in group.candidate_ids:
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                token_T = torch.tensor([*group.prompt_ids, *ids])
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+                token_T = torch.tensor([*group.prompt_ids, *ids], device=model.device)
                 hidden_TD = model.base_model(
                     input_ids=token_T[None], use_cache=False
                 ).last_hidden_state[0]
@@ -137,7 +137,8 @@ def plain_step(
             logp_LV = logit_LV.to(wide).log_softmax(dim=1)
             logps.append(logp_LV.gather(1, token_T[-len(ids) :, None]).squeeze(1))
     reference_S = torch.tensor(
-        [value for group in pairs.groups for value in pairs.reference[group.row_id]]
+        [value for group in pairs.groups for value in pairs.reference[group.row_id]],
+        device=model.device,
     )
     ratio_P2 = (torch.stack([logp_L.sum() for logp_L in logps]) - reference_S).view(-1, 2)
     margin_P = CONFIG.loss.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])
@@ -145,7 +146,7 @@ def plain_step(
     loss.backward()
     return Outcome(
         loss=loss.item(),
-        logps=[logp_L.detach() for logp_L in logps],
+        logps=[logp_L.detach().cpu() for logp_L in logps],
         gradients=gradients(model),
     )
 

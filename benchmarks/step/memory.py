@@ -16,9 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from transformers import PreTrainedModel
+
 from benchmarks.memory import ROOT, highest, keep_nothing
 from benchmarks.step import models
-from benchmarks.step.arms import named
+from benchmarks.step.arms import Step, named
 from benchmarks.step.problem import Problem, restore
 
 
@@ -51,6 +54,19 @@ def peak_of(arm: str, model: str, problem: Problem) -> Peak:
             "output says why (-9: killed, as when memory is short)"
         )
     return Peak(*json.loads(done.stdout))
+
+
+def peak_on_gpu(step: Step, model: PreTrainedModel) -> int:
+    """In this process, whose step must be warm: torch's allocator counts what is allocated."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(arm: str, name: str, problem: Problem) -> Peak:

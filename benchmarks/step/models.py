@@ -24,17 +24,18 @@ from mcpo import models
 VOCABULARY = 97
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in float32 in training mode, and its tokenizer.
+def load(name: str, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in float32 in training mode, and its tokenizer. Where it is, its steps run.
 
     Raises:
         FileNotFoundError: the package that holds the weights is not installed.
     """
     if name == TINY:
-        return _tiny(), _words()
+        return _tiny(torch.device(device)), _words()
     model, tokenizer = models.load_model(
         models.SMOLLM2 if name == SMOLLM2 else name, dtype=torch.float32
     )
+    nn.Module.to(model, device)
     return model.train(), tokenizer
 
 
@@ -63,7 +64,7 @@ def _norm(module: nn.Module, hidden: Tensor) -> Tensor:
     return module.weight * hidden * (hidden.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _tiny() -> PreTrainedModel:
+def _tiny(device: torch.device) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -80,7 +81,9 @@ def _tiny() -> PreTrainedModel:
         # Larger than usual, so that probabilities are far from uniform.
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, device)
+    return model.train()
 
 
 def _words() -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from benchmarks.step.lazy import LAZY, visits_of
 from benchmarks.step.problem import CONFIG, Problem
 from mcpo.engine.single import SingleEngine
-from mcpo.pack import pack, split_by_budget
+from mcpo.pack import move, pack, split_by_budget
 from mcpo.policy import Policy
 from mcpo.recompute import device_memory, resolve_recompute
 from mcpo.step import StepWork, loss_on_batch, prompt_metrics
@@ -28,11 +28,11 @@ class PackedStep:
     def __init__(
         self, problem: Problem, model: PreTrainedModel, mode: str, *, lazy: bool = False
     ) -> None:
-        cpu = torch.device("cpu")
+        device = model.device
         self._config = LAZY if lazy else CONFIG
         if mode == "auto":
             mode = resolve_recompute(
-                self._config, problem.groups, model, device_memory(cpu, 1)
+                self._config, problem.groups, model, device_memory(device, 1)
             ).mode
         self.mode = mode
         policy = Policy(
@@ -40,18 +40,22 @@ class PackedStep:
         )
         # Never stepped: the update is the same work for every arm, and left out.
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        self._engine = SingleEngine(policy.train(), optimizer, cpu)
+        self._engine = SingleEngine(policy.train(), optimizer, device)
         self._problem = problem
         budget = CONFIG.optim.max_tokens_per_micro_batch
         packed = problem.visited() if lazy else problem.groups
         self._batches = [
-            (pack(groups, share_prefix=True), visits_of(groups, problem) if lazy else None)
+            (
+                move(pack(groups, share_prefix=True), device),
+                visits_of(groups, problem).to(device) if lazy else None,
+            )
             for groups in split_by_budget(packed, budget, share_prefix=True)
         ]
 
     def __call__(self) -> Tensor:
         """Forward and backward of all micro-batches, and the metrics that are logged."""
-        problem, config, total = self._problem, self._config, torch.zeros(())
+        problem, config = self._problem, self._config
+        total = torch.zeros((), device=self._engine.device)
         for batch, visits in self._batches:
             work = StepWork(step=problem.step, batches=(batch,), num_prompts=len(problem.groups))
             found = loss_on_batch(self._engine, batch, problem.references, config, work, visits)

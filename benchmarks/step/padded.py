@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.step.problem import CONFIG, Problem
 from mcpo.losses import loss_named
-from mcpo.pack import pack
-from mcpo.policy import HeadScaling, ScoringHead, disable_dropout, group_logps
+from mcpo.pack import move, pack
+from mcpo.policy import HeadScaling, ScoringHead, disable_dropout, group_logps, logits_mb
 from mcpo.records import PackedBatch, ScoredBatch, TokenizedGroup
 from mcpo.step import prompt_metrics
 
@@ -33,7 +33,7 @@ class Padded:
     """Targets and the place of each sequence among its prompt's candidates."""
 
 
-def pad(groups: tuple[TokenizedGroup, ...]) -> Padded:
+def pad(groups: tuple[TokenizedGroup, ...], device: torch.device) -> Padded:
     """Pad on the right with token 0 to the longest of all."""
     rows = [
         torch.tensor([*group.prompt_ids, *ids]) for group in groups for ids in group.candidate_ids
@@ -47,10 +47,10 @@ def pad(groups: tuple[TokenizedGroup, ...]) -> Padded:
         for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
     ]
     return Padded(
-        token_SL=token_SL,
-        attended_SL=torch.nn.utils.rnn.pad_sequence(attended, batch_first=True),
-        scored_N=torch.cat(scored),
-        batch=pack(groups, share_prefix=False),
+        token_SL=token_SL.to(device),
+        attended_SL=torch.nn.utils.rnn.pad_sequence(attended, batch_first=True).to(device),
+        scored_N=torch.cat(scored).to(device),
+        batch=move(pack(groups, share_prefix=False), device),
     )
 
 
@@ -70,12 +70,14 @@ class PaddedStep:
         projection = model.get_output_embeddings()
         assert isinstance(projection, torch.nn.Linear)
         self._head = ScoringHead(projection, HeadScaling.of(model.config), "auto")
+        # As much as the packed step that keeps as much of its layers.
+        self._head.cache_mb = logits_mb("selective" if checkpointed else "light")
         disable_dropout(model)
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self._model = model.train()
         self._problem = problem
-        self._all = pad(problem.groups)
+        self._all = pad(problem.groups, model.device)
         self._naive = naive
 
     def __call__(self) -> Tensor:
@@ -94,7 +96,7 @@ class PaddedStep:
                 drawn=tuple(columns),
                 dtype=problem.dtype,
             ).pairs()
-            padded = pad(problem.groups)
+            padded = pad(problem.groups, self._model.device)
         logp_PC = self._logps(padded)
         draw = problem.draw(logp_PC, padded.batch)
         scored = ScoredBatch(
@@ -116,7 +118,7 @@ class PaddedStep:
     def _logps(self, padded: Padded) -> Tensor:
         """[P, C], from one forward over all rows."""
         dtype = self._problem.autocast_dtype
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(self._model.device.type, dtype=dtype, enabled=dtype is not None):
             hidden_SLD = self._model.base_model(
                 input_ids=padded.token_SL, attention_mask=padded.attended_SL, use_cache=False
             ).last_hidden_state

@@ -27,6 +27,7 @@ class Point:
     """Prompts of the step."""
     data: str = ""
     """Name of the file the groups are from."""
+    device: str = "cpu"
 
     @property
     def lengths(self) -> str:
@@ -36,7 +37,8 @@ class Point:
         return f"P = {self.prompt}, C = {self.completion}"
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.lengths}, pool of {self.pool}, {self.dtype}"
+        place = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.model}, {self.lengths}, pool of {self.pool}, {self.dtype}{place}"
 
 
 GRID = tuple(f"{prompt}x{completion}x{pool}" for prompt, completion in LENGTHS for pool in POOLS)

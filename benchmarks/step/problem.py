@@ -23,7 +23,7 @@ from benchmarks.step.points import Point
 from mcpo.config import Config, KernelConfig, LossConfig
 from mcpo.data import load_rows
 from mcpo.mc_kernel import Draw, candidate_scores, gumbel_noise, sample_negatives
-from mcpo.pack import pack
+from mcpo.pack import move, pack
 from mcpo.policy import Policy, group_logps
 from mcpo.records import PackedBatch, TokenizedGroup
 from mcpo.reference_cache import ReferenceLogps
@@ -100,7 +100,7 @@ class Problem:
             score=CONFIG.kernel.score,
             beta=CONFIG.loss.beta,
         )
-        noise_PMC = _noise(batch, self.step)
+        noise_PMC = _noise(batch, self.step).to(batch.mask_PC.device)
         return sample_negatives(score_PC, batch.mask_PC, CONFIG.kernel, noise_PMC)
 
     def save(self, path: Path) -> None:
@@ -178,8 +178,9 @@ def make(model: PreTrainedModel, groups: tuple[TokenizedGroup, ...], dtype: str)
     policy = Policy(model, head_impl="auto", autocast_dtype=None)
     generator = torch.Generator().manual_seed(0)
     batch = pack(groups, share_prefix=True)
+    placed = move(batch, model.device)
     with torch.no_grad():
-        logp_PC = group_logps(policy(batch), batch)
+        logp_PC = group_logps(policy(placed), placed).cpu()
     offset_PC = SPREAD * torch.randn(logp_PC.shape, generator=generator)
     reference = {
         group.row_id: tuple((logp_C + offset_C)[: group.num_candidates].tolist())

@@ -14,6 +14,7 @@ from benchmarks.rows import RESULTS, Provenance
 from benchmarks.step.points import Point
 
 FULL, QUICK = RESULTS / "step.jsonl", RESULTS / "quick_step.jsonl"
+CUDA = RESULTS / "step_cuda.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class Row:
     arm: str
     recompute: str
     seconds: tuple[float, ...]
-    """CPU seconds by thread; none where memory alone was measured."""
+    """CPU seconds by thread, of a GPU its own; none where memory alone was measured."""
     wall_seconds: tuple[float, ...]
     others: tuple[float, ...]
     """Cores that other processes kept busy."""

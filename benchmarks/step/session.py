@@ -47,13 +47,18 @@ class Session:
             # Not the garbage of the arm before.
             gc.collect()
             before = Clocks.read()
-            _, taken = timed(ready.built.step)
+            _, taken = timed(ready.built.step, self.point.device)
             ready.others.append(Clocks.read().others_since(before))
             ready.taken.append(taken)
             ready.model.zero_grad(set_to_none=True)
 
     def peaks(self) -> dict[str, int]:
         """Peak bytes of each arm."""
+        if self.point.device == "cuda":
+            return {
+                ready.arm.name: memory.peak_on_gpu(ready.built.step, ready.model)
+                for ready in self.arms
+            }
         return {
             ready.arm.name: memory.peak_of(ready.arm.name, self.point.model, self.problem).num_bytes
             for ready in self.arms
@@ -89,7 +94,7 @@ def prepare(
         AssertionError: an arm did not pass.
         Missing: an arm needs a package that is not installed.
     """
-    model, tokenizer = models.load(point.model)
+    model, tokenizer = models.load(point.model, point.device)
     posed = _pose(point, model, tokenizer, data)
     oracle = gate.make_oracle(posed, model)
     arms: list[Ready] = []

@@ -36,7 +36,7 @@ def one_point(arms: Mapping[str, Row]) -> str:
     for name, row in arms.items():
         arm = named(name)
         star = " (trl_best)" if best is row else ""
-        threads = row.provenance.threads
+        threads = 1 if row.point.device == "cuda" else row.provenance.threads
         table.append(
             [
                 f"`{name}`{star}",

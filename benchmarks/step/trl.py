@@ -2,10 +2,11 @@
 
 The trainer is started by ``train()`` and stopped in front of its first step. Everything is then as
 TRL makes it: collated batch, autocast, checkpointing, metrics. What is asked of it besides its
-defaults: reference log-probs known beforehand, no reports, the CPU, no cut at ``max_length``.
+defaults: reference log-probs known beforehand, no reports, the device of the model, no cut at
+``max_length``.
 """
 # B sequences, L tokens, V vocabulary
-# TRL is there with the extra "bench" alone.
+# TRL is there with the extras "bench" and "dev" alone.
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class TrlStep:
                 model=model,
                 args=DPOConfig(
                     output_dir=folder,
-                    use_cpu=True,
+                    use_cpu=model.device.type == "cpu",
                     bf16=problem.autocast_dtype is not None,
                     report_to="none",
                     save_strategy="no",

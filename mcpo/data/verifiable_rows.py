@@ -66,7 +66,9 @@ def drop_reason(graded: Sequence[Graded]) -> str | None:
     return None
 
 
-def candidate_row(prompt: VerifiablePrompt, graded: Sequence[Graded]) -> dict[str, Any] | None:
+def candidate_row(
+    prompt: VerifiablePrompt, graded: Sequence[Graded], model: str = MODEL
+) -> dict[str, Any] | None:
     """The preference row of a prompt, or None where the completions do not differ in the checks.
 
     All samples are in it, equal scores with equal ranks: the reader of the schema leaves out what
@@ -80,7 +82,7 @@ def candidate_row(prompt: VerifiablePrompt, graded: Sequence[Graded]) -> dict[st
             "text": candidate.sample.text,
             "score": candidate.score,
             "rank": scores.index(candidate.score) + 1,
-            "model": MODEL,
+            "model": model,
             "temperature": candidate.sample.temperature,
             "finished": candidate.sample.finished,
         }

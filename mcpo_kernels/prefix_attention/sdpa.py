@@ -14,23 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from mcpo_kernels.prefix_attention import cpu
+from mcpo_kernels.prefix_attention.pieces import end_aligned_mask, stacked, window_block
 from mcpo_kernels.prefix_attention.plan import make_plan
 from mcpo_kernels.prefix_attention.scores import widen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
     from mcpo_kernels.prefix_attention.layout import PrefixLayout
-    from mcpo_kernels.prefix_attention.plan import Piece
     from mcpo_kernels.prefix_attention.scores import ScoreRule
 
 # Of the explicit softmax: half of a [L, L] square is spared for L of a few blocks, and the GEMMs
 # stay large.
 EXPLICIT_BLOCK = 256
-# Of a window: at least so many queries share the keys that a block of them sees.
-MIN_WINDOW_BLOCK = 128
 
 
 def attend(
@@ -41,37 +38,15 @@ def attend(
         # No piece, yet gradients (of zero) are owed to every input.
         return _explicit_attention(query_HTD[None], key_HTD[None], value_HTE[None], rule)[0]
     explicit = rule.softcap is not None or rule.sinks_H is not None
-    plan = make_plan(layout, rule.window, _block(rule.window, explicit=explicit))
-    # Split once and gather by concatenation: the backward of either costs what is copied, that
-    # of a slice or an index costs a whole [H, T, D], and an index adds up in any order on CUDA.
-    queries = query_HTD.split(plan.part_lengths, dim=1)
-    keys = key_HTD.split(plan.part_lengths, dim=1)
-    values = value_HTE.split(plan.part_lengths, dim=1)
+    if query_HTD.device.type == "cpu" and not explicit:
+        return cpu.attend(query_HTD, key_HTD, value_HTE, layout, rule)[0].transpose(0, 1)
+    attention = _explicit_attention if explicit else _torch_attention
+    block = EXPLICIT_BLOCK if explicit else window_block(rule.window)
+    plan = make_plan(layout, rule.window, block)
     outputs: dict[int, Tensor] = {}
-    for group in plan.groups:
-        query_BHLD = torch.stack([_join(queries, piece.queries) for piece in group])
-        key_BHKD = torch.stack([_join(keys, piece.keys) for piece in group])
-        value_BHKE = torch.stack([_join(values, piece.keys) for piece in group])
-        attention = _explicit_attention if explicit else _torch_attention
-        output_BHLE = attention(query_BHLD, key_BHKD, value_BHKE, rule)
-        outputs.update(zip(_first_parts(group), output_BHLE.unbind(0), strict=True))
+    for first_parts, tensors in stacked(query_HTD, key_HTD, value_HTE, plan):
+        outputs.update(zip(first_parts, attention(*tensors, rule).unbind(0), strict=True))
     return torch.cat([outputs[first] for first in sorted(outputs)], dim=1)
-
-
-def _block(window: int | None, *, explicit: bool) -> int | None:
-    """Queries of a piece at most."""
-    if explicit:
-        return EXPLICIT_BLOCK
-    return None if window is None else max(window, MIN_WINDOW_BLOCK)
-
-
-def _join(parts: tuple[Tensor, ...], numbers: Iterable[int]) -> Tensor:
-    chosen = [parts[number] for number in numbers]
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
-
-
-def _first_parts(group: tuple[Piece, ...]) -> list[int]:
-    return [piece.queries.start for piece in group]
 
 
 def _torch_attention(
@@ -79,7 +54,7 @@ def _torch_attention(
 ) -> Tensor:
     """Attention by torch's own kernel, which wants values as wide as keys to be fast."""
     num_values, width = value_BHKE.shape[-1], max(query_BHLD.shape[-1], value_BHKE.shape[-1])
-    mask_LK = _end_aligned_mask(query_BHLD, key_BHKD, rule.window)
+    mask_LK = end_aligned_mask(query_BHLD, key_BHKD, rule.window)
     output_BHLE = functional.scaled_dot_product_attention(
         widen(query_BHLD, width),
         widen(key_BHKD, width),
@@ -102,7 +77,7 @@ def _explicit_attention(
     score_BHGLK = rule.scale * query_BHGLD @ key_BHKD.to(dtype)[:, :, None].mT
     if rule.softcap is not None:
         score_BHGLK = rule.softcap * torch.tanh(score_BHGLK / rule.softcap)
-    mask_LK = _end_aligned_mask(query_BHLD, key_BHKD, rule.window)
+    mask_LK = end_aligned_mask(query_BHLD, key_BHKD, rule.window)
     if mask_LK is None:
         mask_LK = torch.ones_like(score_BHGLK[0, 0, 0], dtype=torch.bool).tril()
     score_BHGLK = score_BHGLK.masked_fill(~mask_LK, -torch.inf)
@@ -113,13 +88,3 @@ def _explicit_attention(
     weight_BHGLK = torch.softmax(score_BHGLK, dim=-1)[..., : key_BHKD.shape[2]]
     output_BHGLE = weight_BHGLK @ value_BHKE.to(dtype)[:, :, None]
     return output_BHGLE.flatten(1, 2).to(query_BHLD.dtype)
-
-
-def _end_aligned_mask(query_BHLD: Tensor, key_BHKD: Tensor, window: int | None) -> Tensor | None:
-    """[L, K] bool, the last query at the last key; None where it is the plain causal square."""
-    num_queries, num_keys = query_BHLD.shape[2], key_BHKD.shape[2]
-    if num_queries == num_keys and (window is None or window >= num_keys):
-        return None
-    mask_LK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHLD.device)
-    mask_LK = mask_LK.tril(num_keys - num_queries)
-    return mask_LK if window is None else mask_LK.triu(num_keys - num_queries - window + 1)

@@ -161,7 +161,7 @@ class Replayed(Function):
         """Over all rows, without a graph; ``anchor`` makes one begin here."""
         ctx.set_materialize_grads(False)
         choice = call.choice
-        noting = Noting(choice.layout.num_tokens, products=choice.keep_products)
+        noting = Noting(choice.layout.num_tokens, everything=choice.keep_products)
         before = _random_state(tensors[0].device)
         versions = [tensor._version for tensor in tensors]
         with noting:

@@ -1,11 +1,14 @@
 """What a layer's replay is told instead of finding it out again.
 
-Two kinds of calls are noted while a layer runs for the first time and answered when it runs again:
+Three kinds of calls are noted while a layer runs for the first time and answered when it runs
+again:
 
 - ``topk`` over rows, which is how routers choose experts. Products of another shape round
   otherwise, so a near tie could send a token to another expert than the one it was scored with.
 - ``linear`` on [1, T, D], if asked for: most of a layer's arithmetic. Its backward needs its inputs
   and weight alone, so a replay that is handed the result multiplies nothing.
+- attention over the pack, if asked for and where the kernel gives its log-sum-exps: with them and
+  the result its backward needs no forward.
 """
 # T packed tokens, R of them kept, D in, O out
 
@@ -13,59 +16,84 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from mcpo_kernels.prefix_attention import cpu
+from mcpo_kernels.selective_recompute.products import Inputs, Product, known_linear, linear
 from mcpo_kernels.selective_recompute.rows import row_dim
 
 _TOPK = (torch.topk, torch.Tensor.topk)
-_ASKED = frozenset((*_TOPK, functional.linear))
+_ASKED = frozenset((*_TOPK, functional.linear, cpu.attend))
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Of one call; autograd holds the answers."""
+
+    kind: Callable[..., Any]
+    """``topk``, ``linear`` or ``cpu.attend``."""
+    product: Product | None
+    """Of ``linear``."""
+    known: int
+    """Answers; 0 where the layer overwrote the result in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What was asked in one layer call, in order; autograd holds the answers."""
+    """What was asked in one layer call, in order."""
 
-    products: bool
-    weights: tuple[Tensor | None, ...]
-    """Of each noted product; None for a ``topk``."""
-    known: tuple[bool, ...]
-    """False where the layer overwrote the result in place, so that there is no answer."""
+    everything: bool
+    """Not ``topk`` alone."""
+    calls: tuple[Note, ...]
 
 
 class Noting(TorchFunctionMode):
     """Notes the answers while a layer runs over all rows."""
 
-    def __init__(self, num_tokens: int, *, products: bool) -> None:
+    def __init__(self, num_tokens: int, *, everything: bool) -> None:
         super().__init__()
         self._num_tokens = num_tokens
-        self._products = products
-        self._noted: list[tuple[Tensor | None, Tensor, int]] = []
+        self._everything = everything
+        self._inputs = Inputs()
+        self._noted: list[tuple[Callable[..., Any], Product | None, tuple[Tensor, ...], int]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call, and note what is worth it."""
-        result = func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if self._everything and _is_product_of_rows(func, args, self._num_tokens):
+            result, product = linear(self._inputs, *args, **kwargs)
+            self._note(functional.linear, product, result)
+            return result
+        result = func(*args, **kwargs)
         if func not in _ASKED:
             return result
         if func in _TOPK and _chooses_by_row(args, kwargs, self._num_tokens):
-            self._noted.append((None, result[1], result[1]._version))
-        elif self._products and _is_product_of_rows(func, args, self._num_tokens):
-            self._noted.append((args[1], result, result._version))
+            self._note(torch.topk, None, result[1])
+        elif self._everything and func is cpu.attend:
+            self._note(func, None, *result)
         return result
+
+    def _note(
+        self, kind: Callable[..., Any], product: Product | None, first: Tensor, *others: Tensor
+    ) -> None:
+        self._noted.append((kind, product, (first, *others), first._version))
 
     def finish(self) -> tuple[Notes, list[Tensor]]:
         """The notes, and the answers that are known."""
-        known = tuple(answer._version == version for _, answer, version in self._noted)
-        notes = Notes(self._products, tuple(weight for weight, _, _ in self._noted), known)
-        return notes, list(compress((answer for _, answer, _ in self._noted), known))
+        calls: list[Note] = []
+        known: list[Tensor] = []
+        for kind, product, answers, version in self._noted:
+            still = answers if answers[0]._version == version else ()
+            calls.append(Note(kind, product, len(still)))
+            known.extend(still)
+        return Notes(self._everything, tuple(calls)), known
 
 
 class Telling(TorchFunctionMode):
@@ -75,75 +103,50 @@ class Telling(TorchFunctionMode):
         super().__init__()
         rest = iter(answers)
         self._expected = iter(
-            [
-                (weight, next(rest) if known else None)
-                for weight, known in zip(notes.weights, notes.known, strict=True)
-            ]
+            [(note, tuple(next(rest) for _ in range(note.known))) for note in notes.calls]
         )
-        self._products = notes.products
+        self._everything = notes.everything
         self._num_rows = num_rows
+        self._inputs = Inputs()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Answer from the notes, or call."""
-        if func not in _ASKED:
-            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if func not in _ASKED:
+            return func(*args, **kwargs)
         if func in _TOPK and _chooses_by_row(args, kwargs, self._num_rows):
-            index = self._next(None)
-            if index is not None:
-                return torch.return_types.topk((args[0].gather(-1, index), index))
-        elif self._products and _is_product_of_rows(func, args, self._num_rows):
-            output = self._next(args[1])
-            if output is not None:
-                return known_linear(*args, output=output, **kwargs)
+            _, known = self._next(torch.topk)
+            if known:
+                return torch.return_types.topk((args[0].gather(-1, known[0]), known[0]))
+        elif self._everything and _is_product_of_rows(func, args, self._num_rows):
+            product, known = self._next(func, args[1])
+            if known and product is not None:
+                return known_linear(self._inputs, product, known[0], *args, **kwargs)
+        elif self._everything and func is cpu.attend:
+            _, known = self._next(func)
+            if known:
+                output, lse = known
+                return cpu.attend_again(args[:3], *args[3:], known=(output, lse))
         return func(*args, **kwargs)
 
-    def _next(self, weight: Tensor | None) -> Tensor | None:
-        expected, answer = next(self._expected, (None, None))
-        if expected is not weight:
+    def _next(
+        self, kind: Callable[..., Any], weight: Tensor | None = None
+    ) -> tuple[Product | None, tuple[Tensor, ...]]:
+        expected, answers = next(self._expected, (None, ()))
+        product = expected.product if expected else None
+        if (
+            expected is None
+            or expected.kind is not kind
+            or (product.weight if product else None) is not weight
+        ):
             raise RuntimeError(
-                "a layer must call the same linear layers in the same order when it is replayed, "
-                "and this one does not; use recomputation without kept products for it"
+                "a layer must make the same calls in the same order when it is replayed: topk, "
+                "linear layers, attention; this one does not; use recomputation without kept "
+                "products for it"
             )
-        return answer
-
-
-def known_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, output: Tensor
-) -> Tensor:
-    """``linear(input, weight, bias)``, of which the value is known and the gradient is wanted."""
-    device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _KnownLinear.apply(input, weight, bias, output)
-
-
-class _KnownLinear(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input_1RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, output_1RO: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(input_1RD, weight_OD)
-        return output_1RO.view_as(output_1RO)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *doutputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        input_1RD, weight_OD = ctx.saved_tensors
-        doutput_RO = doutputs[0][0]
-        dinput_1RD = dweight_OD = dbias_O = None
-        if ctx.needs_input_grad[0]:
-            dinput_1RD = (doutput_RO @ weight_OD)[None]
-        if ctx.needs_input_grad[1]:
-            dweight_OD = doutput_RO.T @ input_1RD[0]
-        if ctx.needs_input_grad[2]:
-            dbias_O = doutput_RO.sum(dim=0)
-        return dinput_1RD, dweight_OD, dbias_O, None
+        return product, answers
 
 
 def _chooses_by_row(args: Any, kwargs: Any, num_rows: int) -> bool:

@@ -1,11 +1,12 @@
 """The command: compile, show a table, say what is wrong.
 
-    python -m mcpo_kernels.targets                    everything; hours
+    python -m mcpo_kernels.targets                    everything; half an hour
     python -m mcpo_kernels.targets --quick            each kernel on each target once; a minute
     python -m mcpo_kernels.targets --target sm_90 --kernel forward_kernel --json rows.jsonl
     python -m mcpo_kernels.targets --page rows.jsonl  writes docs/targets.md from rows
 
-Ends with 1 if anything does not pass, with 130 after Ctrl-C.
+What was compiled before is not compiled again as long as nothing that decides it has changed
+(``kept.py``). Ends with 1 if anything does not pass, with 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     status = 0
     try:
-        for row in _with_progress(found, options.jobs, console):
+        for row in _with_progress(found, options, console):
             rows.append(row)
             if options.json:
                 _append(row, origin, options.json)
@@ -109,7 +111,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _with_progress(found: list[Case], jobs: int, console: Console) -> Iterator[Row]:
+def _with_progress(
+    found: list[Case], options: argparse.Namespace, console: Console
+) -> Iterator[Row]:
     columns = (
         TextColumn("compiling"),
         BarColumn(),
@@ -118,9 +122,10 @@ def _with_progress(found: list[Case], jobs: int, console: Console) -> Iterator[R
         TextColumn("{task.fields[bad]} do not pass"),
     )
     bad = 0
+    work = partial(row_of, fresh=options.fresh)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(found), bad=0)
-        for row in run_jobs(row_of, found, jobs, row_of_the_dead):
+        for row in run_jobs(work, found, options.jobs, row_of_the_dead):
             bad += not row.ok
             progress.update(task, advance=1, bad=bad)
             yield row
@@ -145,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="one shape, bf16, default tiles")
     parser.add_argument("--all", action="store_true", help="show what passes too")
+    parser.add_argument("--fresh", action="store_true", help="compile what was compiled before too")
     parser.add_argument("--json", type=Path, help="file that a line for each row is appended to")
     parser.add_argument(
         "--page", type=Path, help="write docs/targets.md from such a file, and stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ MODELS = {
 }
 """Hidden size and vocabulary."""
 ROWS = (4096, 1043, 1)
-"""Aligned, ragged, and the count that Triton treats as a constant."""
+"""Aligned, ragged and one. No kernel is compiled anew for a count of rows, and this shows it."""
 USUAL = Shape(4096, 4096, 128256)
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {"bias": False, "softcap": None, "filter_mass": 0.0},
@@ -98,21 +99,23 @@ def _of_target(target: Target, wanted: Selection) -> Iterator[Case]:
                 yield from launches(
                     target, dtype, "plain", Shape(num_tokens, num_hidden, num_vocab)
                 )
-        for precision in PRECISIONS[1:] if dtype == "fp32" else ():
-            if target.backend == "cuda":
-                yield from launches(target, dtype, "plain", USUAL, precision)
+        # A row of panels is one block of a kernel, so the widest counts.
+        widest = max(num_vocab for _, num_vocab in MODELS.values())
+        yield from launches(target, dtype, QUICK_HEADS[-1], Shape(*USUAL[:2], widest))
+        for precision in PRECISIONS[1:] if dtype == "fp32" and target.backend == "cuda" else ():
+            yield from launches(target, dtype, "plain", USUAL, precision)
         yield from _tuning_space(target, dtype)
 
 
 def _tuning_space(target: Target, dtype: str) -> Iterator[Case]:
-    """Each kernel in each tile that tuning may try."""
+    """Each kernel in each tile that tuning may try, as the plain head and the fullest have it."""
     # Both kinds of 16 bits have the same tiles, and instructions alike.
     if dtype == "fp16":
         return
     family, operands = _family(target), operands_of(DTYPES[dtype])
-    for kernel in tiles.KERNELS:
+    for kernel, head in product(tiles.KERNELS, QUICK_HEADS):
         for tile in tiles.space(kernel, family, operands):
-            yield from launches(target, dtype, "plain", USUAL, tile=(kernel, tile))
+            yield from launches(target, dtype, head, USUAL, tile=(kernel, tile))
 
 
 def launches(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mcpo_kernels.targets.build import Binary, build
+from mcpo_kernels.targets.build import Binary
 from mcpo_kernels.targets.devices import Target, blocks_per_processor
+from mcpo_kernels.targets.kept import build_once
 
 if TYPE_CHECKING:
     from mcpo_kernels.targets.cases import Case
@@ -54,10 +55,10 @@ def tile_of(config: dict[str, Any]) -> str:
     return f"{sides} w{config['num_warps']} s{config['num_stages']}"
 
 
-def row_of(case: Case) -> Row:
-    """Compile a case and judge it."""
+def row_of(case: Case, *, fresh: bool = False) -> Row:
+    """Compile a case, or find it compiled if it need not be ``fresh``, and judge it."""
     try:
-        binary = build(case.launch, case.target)
+        binary = build_once(case.launch, case.target, fresh=fresh)
     # Triton raises errors of many kinds, and each is a result here.
     except Exception as error:
         first = str(error).strip().partition("\n")[0][:300]

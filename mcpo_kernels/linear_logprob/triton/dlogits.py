@@ -6,13 +6,13 @@ With a softcap c, slope = 1 - (z / c)^2, else 1. The entry of the target comes f
 
 Tiling. A program owns a tile of BLOCK_N rows and BLOCK_V columns, its inner loop goes over D.
 Programs behind the last row with gradient leave at once; so do those whose tile the filter leaves
-out (``selection.py``), and write zeros.
+out (``selection.py``), and write zeros. What a program does is one number, the height of its tile.
 
 Memory. dz [N, slab] in the dtype of the operands, rows padded with zeros to a multiple of 16
 numbers. Each program may add up its columns, before rounding, for dbias: [row blocks, slab] in
 float32.
 """
-# N rows, D hidden, V vocabulary, W columns of the slab, B blocks of rows
+# N rows, D hidden, V vocabulary, W columns of the slab, B blocks of rows, C blocks of columns
 # Triton types the arguments of a kernel at its launch.
 # pyright: reportMissingParameterType=false
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mcpo_kernels.linear_logprob.triton.slab import Slab
+    from mcpo_kernels.linear_logprob.triton.tiles import Tile
 
 
 @triton.jit
@@ -39,21 +40,18 @@ def row_length(num_columns):
 
 
 # The arguments of a kernel are flat.
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def dlogits_kernel(  # noqa: PLR0913
     hidden_ptr,
     weight_ptr,
     bias_ptr,
     target_ptr,
     number_ptr,
-    count_ptr,
+    height_ptr,
     dz_ptr,
     dbias_ptr,
-    keep_ptr,
-    num_tokens,
     num_columns,
     num_hidden,
-    first_column,
     softcap,
     scale,
     BLOCK_N: tl.constexpr,
@@ -62,23 +60,20 @@ def dlogits_kernel(  # noqa: PLR0913
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of dz; weight and bias are those of the slab, which begins at first_column."""
+    """One tile of dz; weight, bias and targets are those of the slab."""
     num_column_blocks = tl.cdiv(num_columns, BLOCK_V)
-    row_block, column_block = block_pair(
-        tl.program_id(0), tl.cdiv(num_tokens, BLOCK_N), num_column_blocks, GROUP
-    )
-    count = tl.load(count_ptr).to(tl.int32)
+    num_row_blocks = tl.num_programs(0) // num_column_blocks
+    row_block, column_block = block_pair(tl.program_id(0), num_row_blocks, num_column_blocks, GROUP)
+    height = tl.load(height_ptr + row_block * num_column_blocks + column_block)
     offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_n, mask_v = offs_n < count, offs_v < num_columns
+    mask_n = tl.arange(0, BLOCK_N) < tl.abs(height)
+    mask_v = offs_v < num_columns
     dz_ptrs = dz_ptr + starts(offs_n, row_length(num_columns))[:, None] + offs_v[None, :]
     mask = mask_n[:, None] & mask_v[None, :]
     # Rows are written to their full length, so that the products can load them by 16 columns.
     mask_dz = mask_n[:, None] & (offs_v < row_length(num_columns))[None, :]
-    idle = row_block * BLOCK_N >= count
-    if keep_ptr is not None:
-        idle = idle | (tl.load(keep_ptr + row_block * num_column_blocks + column_block) == 0)
-    if idle:
+    if height <= 0:
         # The products read every row with gradient, whether or not they skip as this does.
         zeros = tl.zeros((BLOCK_N, BLOCK_V), dtype=dz_ptr.dtype.element_ty)
         tl.store(dz_ptrs, zeros, mask=mask_dz)
@@ -91,11 +86,11 @@ def dlogits_kernel(  # noqa: PLR0913
         hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v,
         num_hidden, softcap, scale, BLOCK_D, PRECISION,
     )  # fmt: skip
-    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32) - first_column
-    lse = tl.load(number_ptr + offs_n, mask=mask_n, other=0.0)
-    grad = tl.load(number_ptr + num_tokens + offs_n, mask=mask_n, other=0.0)
-    number_ptr += starts(2, num_tokens)
-    target_grad = tl.load(number_ptr + offs_n, mask=mask_n, other=0.0)
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
+    number_ptrs = number_ptr + starts(offs_n, 3)
+    lse = tl.load(number_ptrs, mask=mask_n, other=0.0)
+    grad = tl.load(number_ptrs + 1, mask=mask_n, other=0.0)
+    target_grad = tl.load(number_ptrs + 2, mask=mask_n, other=0.0)
 
     dz = -grad[:, None] * tl.exp(logits - lse[:, None])
     is_target = offs_v[None, :] == target[:, None]
@@ -116,27 +111,40 @@ def dlogits(slab: Slab, with_bias: bool) -> tuple[Tensor, Tensor | None]:
     """dz of a slab, flat, and the sums of its columns [W] in float32 if asked for."""
     tile, sizes = slab.launch.tile("dlogits"), slab.sizes
     num_tokens, num_columns = sizes["num_tokens"], sizes["num_columns"]
-    blocks = triton.cdiv(num_tokens, tile.block_n)
     rows, head, columns = slab.rows, slab.head, slab.columns
+    height_BC = heights(slab, tile)
     dz = rows.hidden_ND.new_empty(num_tokens * triton.cdiv(num_columns, 16) * 16)
-    dbias_BW = rows.number_3N.new_empty((blocks, num_columns)) if with_bias else None
-    keep = None
-    if slab.needed is not None:
-        keep = slab.needed.tiles(tile.block_n, tile.block_v, columns).to(torch.int8)
-    dlogits_kernel[(blocks * triton.cdiv(num_columns, tile.block_v),)](
+    dbias_BW = None
+    if with_bias:
+        dbias_BW = rows.number_N3.new_empty((height_BC.shape[0], num_columns))
+    dlogits_kernel[(height_BC.numel(),)](
         hidden_ptr=rows.hidden_ND,
         weight_ptr=head.weight_VD[columns],
         bias_ptr=None if head.bias_V is None else head.bias_V[columns].contiguous(),
-        target_ptr=rows.target_N,
-        number_ptr=rows.number_3N,
-        count_ptr=rows.count_1,
+        target_ptr=rows.target_N - columns.start,
+        number_ptr=rows.number_N3,
+        height_ptr=height_BC,
         dz_ptr=dz,
         dbias_ptr=dbias_BW,
-        keep_ptr=keep,
-        first_column=columns.start,
+        num_columns=num_columns,
+        num_hidden=sizes["num_hidden"],
         softcap=head.softcap,
         scale=head.scale,
-        **sizes,
         **slab.launch.options("dlogits"),
     )
     return dz, None if dbias_BW is None else dbias_BW.sum(0)
+
+
+def heights(slab: Slab, tile: Tile) -> Tensor:
+    """int32 [B, C]: how many rows of each tile of dz have a gradient, which stand in front.
+
+    Minus that where a filter leaves the tile out, and 0 behind the last row with gradient.
+    """
+    rows, sizes = slab.rows, slab.sizes
+    first_B = torch.arange(0, sizes["num_tokens"], tile.block_n, device=rows.count_1.device)
+    height_B1 = (rows.count_1 - first_B).clamp(0, tile.block_n)[:, None]
+    height_BC = height_B1.expand(-1, triton.cdiv(sizes["num_columns"], tile.block_v))
+    if slab.needed is not None:
+        needed_BC = slab.needed.tiles(tile.block_n, tile.block_v, slab.columns)
+        height_BC = torch.where(needed_BC, height_BC, -height_BC)
+    return height_BC.to(torch.int32, memory_format=torch.contiguous_format)

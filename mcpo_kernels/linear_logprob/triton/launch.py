@@ -93,11 +93,17 @@ def precision_of(family: str) -> str:
 
     ``highest`` multiplies float32 as it is. On NVIDIA ``high`` splits operands into three products
     of tf32, and ``medium`` rounds operands to tf32. Matrix cores of AMD multiply float32 itself,
-    and of its devices few know tf32: there it is always ``highest``.
+    and of its devices few know tf32: there it is always ``highest``. Where the precision was set
+    by ``torch.backends``, which knows no ``medium``, tf32 is taken for ``high``.
     """
     if family in (tiles.INTERPRETER, "gfx942"):
         return "ieee"
-    wanted = torch.get_float32_matmul_precision()
+    try:
+        wanted = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to say it in the old words once the new ones were used.
+        allowed = torch.backends.cuda.matmul.fp32_precision
+        wanted = "high" if allowed == "tf32" else "highest"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[wanted]
 
 

@@ -40,8 +40,8 @@ class Rows(NamedTuple):
     """int64, M."""
     hidden_ND: Tensor
     target_N: Tensor
-    number_3N: Tensor
-    """float32 per row: lse, upstream gradient, and the gradient of the target's logit."""
+    number_N3: Tensor
+    """float32: lse, upstream gradient, and the gradient of the target's logit."""
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def rows_with_gradient(grad_N: Tensor, saved: Saved) -> Rows:
     grad_N = grad_N[row_N]
     # 1 - p from log p: exact where p is so near 1 that the difference would round to 0.
     target_grad_N = -grad_N * saved.scores.logp_N[row_N].expm1()
-    number_3N = torch.stack((saved.scores.lse_N[row_N], grad_N, target_grad_N))
+    number_N3 = torch.stack((saved.scores.lse_N[row_N], grad_N, target_grad_N), 1)
     hidden_ND = saved.hidden_ND.contiguous()
     gathered_ND = torch.empty_like(hidden_ND)
     gather_kernel[_grid(hidden_ND)](
@@ -107,7 +107,7 @@ def rows_with_gradient(grad_N: Tensor, saved: Saved) -> Rows:
         BLOCK_D=BLOCK_D,
         **OPTIONS,
     )
-    return Rows(row_N, count_1, gathered_ND, saved.target_N[row_N], number_3N)
+    return Rows(row_N, count_1, gathered_ND, saved.target_N[row_N], number_N3)
 
 
 def scatter(sum_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -94,7 +94,7 @@ def select_kernel(  # noqa: PLR0913
     mask_q = offs_q < num_panels
     panel_lse_ptrs = panel_lse_ptr + starts(tl.load(row_ptr + row), num_panels) + offs_q
     panel_lse = tl.load(panel_lse_ptrs, mask=mask_q, other=-float("inf"))
-    mass = tl.exp(panel_lse - tl.load(number_ptr + row))
+    mass = tl.exp(panel_lse - tl.load(number_ptr + starts(row, 3)))
     spared = tl.load(spared_ptr + row)
     # Of a row with a mass that is no number nothing is left out, as of one that spares nothing.
     lost = tl.sum(tl.where(mass < float("inf"), 0, 1), 0)
@@ -119,7 +119,7 @@ def select_kernel(  # noqa: PLR0913
 def select(rows: Rows, scores: Scores, filter_mass: float) -> Needed:
     """The panels of every row with gradient; rows behind them need none."""
     num_tokens, num_panels = scores.panel_lse_NQ.shape
-    _, grad_N, _ = rows.number_3N
+    grad_N = rows.number_N3[:, 1]
     spared_N = filter_mass * -scores.logp_N[rows.row_N].double().expm1()
     # A row whose upstream gradient is no number leaves nothing out: it reaches all it should.
     spared_N = spared_N.masked_fill(~grad_N.isfinite(), -1.0)
@@ -128,7 +128,7 @@ def select(rows: Rows, scores: Scores, filter_mass: float) -> Needed:
         panel_lse_ptr=scores.panel_lse_NQ,
         row_ptr=rows.row_N,
         target_ptr=rows.target_N,
-        number_ptr=rows.number_3N,
+        number_ptr=rows.number_N3,
         spared_ptr=spared_N,
         count_ptr=rows.count_1,
         needed_ptr=needed_NQ,

@@ -55,13 +55,6 @@ REGISTERS = 64
 spills in most kernels (docs/targets.md)."""
 MORE_REGISTERS = {("dweight", "sm90"): 128, ("dweight", "sm100"): 128}
 """Where more are no trouble: its operands stay in shared memory, and there is no epilogue."""
-SPILLS = {
-    ("forward", "sm80", Tile(64, 128, 32, 8, 3, 8)),
-    ("forward", "sm80", Tile(128, 64, 64, 4, 3, 8)),
-    ("forward", "sm80", Tile(128, 64, 64, 4, 4, 8)),
-    ("dweight", "sm80", Tile(64, 64, 128, 8, 4, 8)),
-}
-"""Tiles of 16-bit operands with fewer sums that spill all the same, as the sweep found."""
 LANES = {"gfx942": 64}
 """Threads of a warp, where not 32."""
 
@@ -128,32 +121,36 @@ def default_tiles(family: str, operands: str) -> dict[str, Tile]:
     return DEFAULTS[family, operands]
 
 
-_OUTER = {
-    "16-bit": ((64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128)),
-    "fp32": ((64, 64), (64, 128), (128, 64)),
-}
-_INNER = {"16-bit": (32, 64), "fp32": (16, 32)}
+# What is worth trying. Wide tiles read least, and there is no space for wider ones; smaller ones
+# leave more programs to few rows. 64 bytes of the inner axis keep copies whole; 128 are what
+# Hopper's instructions read from shared memory at once. float32 has one tile: where it is
+# multiplied as it is, registers for operands leave no choice.
+_SUMS = ((128, 128), (64, 128), (128, 64), (128, 256), (256, 128))
+_INNER = {"sm80": 32, "sm89": 32, "sm90": 64, "sm100": 64, "gfx942": 64}
 _STAGES = {"sm80": (3, 4), "sm89": (2, 3), "sm90": (3, 4), "sm100": (3, 4), "gfx942": (2,)}
 
 
 def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
-    """Tiles that tuning may try, the default first."""
+    """Tiles that tuning may try, the default first. Each passes docs/targets.md."""
     default = default_tiles(family, operands)[kernel]
     yield default
-    for (first, second), inner, warps, stages in product(
-        _OUTER[operands], _INNER[operands], (4, 8), _STAGES[family]
-    ):
+    if family == INTERPRETER or operands == "fp32":
+        return
+    inner = _INNER[family]
+    for (first, second), stages in product(_SUMS, _STAGES[family]):
         block_n, block_v, block_d = {
             "forward": (first, second, inner),
             "dlogits": (first, second, inner),
             "dhidden": (first, inner, second),
             "dweight": (inner, first, second),
         }[kernel]
-        tile = Tile(block_n, block_v, block_d, warps, stages, default.group)
-        if (kernel, family, tile) in SPILLS and operands == "16-bit":
-            continue
-        if tile != default and fits(tile, kernel, family, operands):
-            yield tile
+        for num_warps in (4, 8):
+            tile = Tile(block_n, block_v, block_d, num_warps, stages, default.group)
+            if fits(tile, kernel, family, operands):
+                if tile != default:
+                    yield tile
+                # More warps than hold the sums would leave each with less to do for its loads.
+                break
 
 
 def fits(tile: Tile, kernel: str, family: str, operands: str) -> bool:

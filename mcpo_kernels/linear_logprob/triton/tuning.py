@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,10 +45,14 @@ class Key:
     triton: str = triton.__version__
 
     @property
+    def space(self) -> list[Tile]:
+        """The tiles it may have."""
+        return list(tiles.space(self.kernel, self.family, self.operands))
+
+    @property
     def path(self) -> Path:
         """Where its tile is kept."""
-        space = [list(tile) for tile in tiles.space(self.kernel, self.family, self.operands)]
-        digest = hashlib.sha256(json.dumps([asdict(self), space]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps([asdict(self), self.space]).encode()).hexdigest()[:12]
         gpu = re.sub(r"\W+", "-", self.gpu)
         return folder() / f"{gpu}-{self.kernel}-{self.dtype}-{self.hidden}-{digest}.json"
 
@@ -57,7 +62,8 @@ def folder() -> Path:
     given = os.environ.get("MCPO_CACHE")
     if given:
         return Path(given).expanduser() / "tiles"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mcpo" / "tiles"
+    # Empty is the same as absent, says the standard of that variable.
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mcpo" / "tiles"
 
 
 def operands_of(dtype: torch.dtype) -> str:
@@ -101,7 +107,7 @@ def load(key: Key) -> Tile | None:
         tile = Tile(**json.loads(text)["tile"])
     except (ValueError, KeyError, TypeError):
         tile = None
-    if tile not in list(tiles.space(key.kernel, key.family, key.operands)):
+    if tile not in key.space:
         raise ValueError(
             f"{key.path} must hold a tile as tuning writes it, got {text[:80]!r}; delete the file, "
             "or tune anew with python -m mcpo_kernels.tune"
@@ -111,12 +117,18 @@ def load(key: Key) -> Tile | None:
 
 def save(key: Key, tile: Tile, milliseconds: Mapping[Tile, float]) -> None:
     """Keep a tile, with what was measured."""
-    key.path.parent.mkdir(parents=True, exist_ok=True)
     measured = [[list(each), taken] for each, taken in milliseconds.items()]
     record = {"key": asdict(key), "tile": tile._asdict(), "milliseconds": measured}
-    scratch = key.path.with_name(f"{key.path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(record))
-    scratch.replace(key.path)
+    write_whole(key.path, json.dumps(record))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of two machines that share a folder may have the same number.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def fastest(
@@ -163,6 +175,8 @@ def _known(
 @functools.cache
 def _tune_once(device: torch.device, family: str, dtype: torch.dtype, hidden: int) -> None:
     missing = [key for key in keys(device, family, dtype, hidden) if load(key) is None]
+    # Of one tile there is nothing to choose.
+    missing = [key for key in missing if len(key.space) > 1]
     if missing:
         # Imported here: it runs launches, which ask this file for tiles.
         from mcpo_kernels.tune import tune
