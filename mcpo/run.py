@@ -39,7 +39,7 @@ from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, for_losses, load_groups
 from mcpo.recompute import device_memory, resolve_recompute, state_bytes
 from mcpo.reference import keeps_adapter, reference_weights, resolved_kind
-from mcpo.reference_cache import ReferenceLogps, weights_hash
+from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import make_reference, packed_batches
 from mcpo.summary import finish
 from mcpo_kernels import resolve
@@ -160,9 +160,7 @@ def _prepare(
     reference, sync = make_reference(
         engine, groups, config, console, weights=weights, rounding=rounding
     )
-    chains = None
-    if isinstance(reference, ReferenceLogps) and config.kernel.scoring == "lazy":
-        chains = LazyChains(groups.train, reference, config)
+    lazy = config.kernel.scoring == "lazy"
     job = Job(
         config=config,
         engine=engine,
@@ -175,7 +173,7 @@ def _prepare(
         total_steps=total_steps,
         identity=identity,
         console=console,
-        chains=chains,
+        chains=LazyChains(groups.train, reference, config) if lazy else None,
     )
     return job, found, track
 
