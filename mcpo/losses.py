@@ -55,13 +55,13 @@ Loss = Callable[[ScoredBatch, LossConfig], Tensor]
 LOSSES: dict[str, Loss] = {"mcpo": mcpo, "dpo": dpo}
 
 
-# Those of log-ratios; the others depend on the policy's log-probabilities alone.
-_OF_LOG_RATIOS = frozenset({"mcpo", "dpo"})
+# Losses of the policy's log-probabilities alone; the others are of log-ratios.
+WITHOUT_REFERENCE: frozenset[str] = frozenset()
 
 
 def needs_reference(config: LossConfig) -> bool:
     """Whether the loss depends on the reference's log-probabilities."""
-    return config.loss_type in _OF_LOG_RATIOS
+    return config.loss_type not in WITHOUT_REFERENCE
 
 
 def loss_named(loss_type: str) -> Loss:

@@ -200,7 +200,7 @@ def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved_kind(make_config({})) == "precomputed"
     assert resolved_kind(make_config(free)) == "precomputed"
     assert resolved_kind(make_config({"sync_ref_model": True})) == "live"
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
+    monkeypatch.setattr(losses, "WITHOUT_REFERENCE", frozenset({"mcpo"}))
     assert resolved_kind(make_config(free)) == "none"
     assert resolved_kind(make_config(free | {"reference": "none"})) == "none"
     assert resolved_kind(make_config(free | {"reference": "live"})) == "live"
@@ -211,7 +211,7 @@ def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_without_reference(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
+    monkeypatch.setattr(losses, "WITHOUT_REFERENCE", frozenset({"mcpo"}))
     settings = arguments | {"score": "logp", "max_steps": 2}
     assert main(words(settings)) == 0
     assert "reference: none, the loss and the score need none" in capsys.readouterr().out
