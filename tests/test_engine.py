@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, build_model, words
 
-from mcpo.cli import launch_file, parse_args, read_yaml
+from mcpo.cli import launch_file, make_config, parse_args, read_yaml
 from mcpo.config import ScaleConfig
 from mcpo.engine import (
     choose,
@@ -22,7 +22,7 @@ from mcpo.engine import (
     whole,
     world_size,
 )
-from mcpo.engine.choose import engine_name, state_bytes
+from mcpo.engine.choose import bytes_per_parameter, check_combination, engine_name
 from mcpo.engine.single import SingleEngine
 from mcpo.optimizer import build_optimizer
 from mcpo.policy import Policy
@@ -143,7 +143,7 @@ def test_presets_hold_engines_alone_and_name_themselves(path: Path) -> None:
 def test_state_of_a_parameter_on_each_of_four_processes(
     options: dict[str, Any], name: str, expected: float
 ) -> None:
-    assert state_bytes(ScaleConfig(**options), name, 4) == expected
+    assert bytes_per_parameter(ScaleConfig(**options), name, 4) == expected
 
 
 class TwoRanks(SingleEngine):
@@ -180,3 +180,21 @@ def test_files_of_the_other_kind_are_named(tmp_path: Path) -> None:
         whole.load(tmp_path, policy.model, optimizer)
     with pytest.raises(ValueError, match="must hold shards/, and an engine with whole weights"):
         sharded_files.load(tmp_path, policy.model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"use_peft": True}, "adapters"),
+        ({"reference": "live"}, "a live reference"),
+        ({"sync_ref_model": True}, "a live reference"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed"])
+def test_what_sharded_weights_do_not_have_is_refused(
+    options: dict[str, Any], what: str, name: str
+) -> None:
+    config = make_config(options)
+    check_combination(config, "ddp")
+    with pytest.raises(ValueError, match=f"engine: {name} needs all weights trained.*got {what}"):
+        check_combination(config, name)
