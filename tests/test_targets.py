@@ -299,7 +299,8 @@ def test_the_page_is_written_from_rows_alone(tmp_path: Path):
     assert "old" not in text
     assert "commit abc1234, Triton 3.9.0, ptxas 12.9" in text
     assert (
-        "| `f` | sm_80 | plain | -x-x- w8 s3 | 128 | 0 | 64 (163) | 25% | 8 mma | 0 | ok |" in text
+        "| `f` | sm_80 | plain | -x-x- w8 s3 | 128 | 0 | 64 (163) | 25% | 8 mma | 0 "
+        "| 4 of 4 | yes | ok |" in text
     )
     assert "| `f` | bf16 | 1 of 2 |" in text
     assert "- spills: 1" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDE = 16
 """Bytes of the widest load that all targets have, 128 bits."""
+PIPELINED = {True: "yes", False: "no", None: "no loop"}
+"""In words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,12 @@ def tile_of(config: dict[str, Any]) -> str:
     """The tile of a configuration in short: N x V x D, w warps, s stages."""
     sides = "x".join(str(config.get(name, "-")) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D"))
     return f"{sides} w{config['num_warps']} s{config['num_stages']}"
+
+
+def wide_of(loads: Mapping[Any, int]) -> str:
+    """How many load instructions are wide, of all; from a row, or from one read from JSON."""
+    wide = sum(count for size, count in loads.items() if int(size) >= WIDE)
+    return f"{wide} of {sum(loads.values())}"
 
 
 def row_of(case: Case, *, fresh: bool = False) -> Row:
