@@ -92,8 +92,17 @@ def judge(case: Case, binary: Binary) -> Row:
     )
     on_tensor_cores = sum(listing.products.values())
     # Float32 multiplied as it is: tensor cores of NVIDIA do not offer that.
-    exact = case.config["dtype"] == "fp32" and case.config.get("precision", "ieee") == "ieee"
-    why = _faults(binary, target, blocks, must_use_tensor_cores=bool(loops) and not exact)
+    precision = case.config.get("precision", "ieee") if case.config["dtype"] == "fp32" else None
+    exact = precision == "ieee"
+    why = _faults(
+        binary,
+        target,
+        blocks,
+        must_use_tensor_cores=bool(loops) and not exact,
+        # No instruction turns a tile of 32-bit elements on its way to the tensor cores, so one
+        # that is read across (dz in dweight) is put into shared memory element by element.
+        must_copy_wide=precision in (None, "ieee"),
+    )
     return Row(
         kernel=case.launch.kernel,
         target=target.name,
@@ -129,7 +138,12 @@ def _failed(case: Case, why: str) -> Row:
 
 
 def _faults(
-    binary: Binary, target: Target, blocks: int, *, must_use_tensor_cores: bool
+    binary: Binary,
+    target: Target,
+    blocks: int,
+    *,
+    must_use_tensor_cores: bool,
+    must_copy_wide: bool,
 ) -> list[str]:
     listing = binary.listing
     why: list[str] = []
@@ -144,7 +158,7 @@ def _faults(
     for loop in binary.loops:
         if not loop.pipelined:
             why.append(f"loads of {', '.join(loop.tiles)} are not pipelined")
-        if loop.copied_bytes is not None and loop.copied_bytes < WIDE:
+        if must_copy_wide and (loop.copied_bytes or WIDE) < WIDE:
             why.append(f"tiles are copied by {loop.copied_bytes} bytes")
     if binary.loops and max(listing.loads, default=0) < WIDE:
         why.append(f"no load of {WIDE} bytes")
