@@ -210,12 +210,15 @@ def test_float32_as_it_is_needs_no_tensor_core():
     assert not verdict(changed(products={}), dtype="fp32", precision="tf32").ok
 
 
-def test_only_tf32_may_copy_a_tile_by_elements():
+def test_only_tf32_may_load_a_tile_by_elements():
     loop = dataclasses.replace(GOOD.loops[0], copied_bytes=4)
-    narrow = dataclasses.replace(GOOD, loops=(loop,))
+    narrow = dataclasses.replace(changed(loads={4: 4}), loops=(loop,))
     assert verdict(narrow, dtype="fp32", precision="tf32x3").ok
     for dtype in ("fp32", "bf16"):
-        assert verdict(narrow, dtype=dtype).why == ("tiles are copied by 4 bytes",)
+        assert verdict(narrow, dtype=dtype).why == (
+            "tiles are copied by 4 bytes",
+            "no load of 16 bytes",
+        )
 
 
 def test_a_kernel_without_products_needs_neither_loops_nor_tensor_cores():

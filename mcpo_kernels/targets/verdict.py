@@ -99,9 +99,9 @@ def judge(case: Case, binary: Binary) -> Row:
         target,
         blocks,
         must_use_tensor_cores=bool(loops) and not exact,
-        # No instruction turns a tile of 32-bit elements on its way to the tensor cores, so one
-        # that is read across (dz in dweight) is put into shared memory element by element.
-        must_copy_wide=precision in (None, "ieee"),
+        # No instruction turns a tile of 32-bit elements on its way to the tensor cores, so what
+        # is read across (in dweight) is loaded element by element.
+        must_load_wide=precision in (None, "ieee"),
     )
     return Row(
         kernel=case.launch.kernel,
@@ -143,7 +143,7 @@ def _faults(
     blocks: int,
     *,
     must_use_tensor_cores: bool,
-    must_copy_wide: bool,
+    must_load_wide: bool,
 ) -> list[str]:
     listing = binary.listing
     why: list[str] = []
@@ -158,8 +158,8 @@ def _faults(
     for loop in binary.loops:
         if not loop.pipelined:
             why.append(f"loads of {', '.join(loop.tiles)} are not pipelined")
-        if must_copy_wide and (loop.copied_bytes or WIDE) < WIDE:
+        if must_load_wide and (loop.copied_bytes or WIDE) < WIDE:
             why.append(f"tiles are copied by {loop.copied_bytes} bytes")
-    if binary.loops and max(listing.loads, default=0) < WIDE:
+    if must_load_wide and binary.loops and max(listing.loads, default=0) < WIDE:
         why.append(f"no load of {WIDE} bytes")
     return why
