@@ -22,6 +22,7 @@ from mcpo.cli import launch_file, make_config, read_yaml
 from mcpo.config import Config
 from mcpo.encode import make_encoder
 from mcpo.engine import Engine, choose
+from mcpo.engine.fsdp2 import FSDP2Engine, gathered
 from mcpo.engine.single import SingleEngine
 from mcpo.engine.whole import on_host
 from mcpo.evaluate.generate import greedy
@@ -223,6 +224,39 @@ def check(name: str, folder: Path, config: Config) -> None:
         check_bf16(make, config, tied=tied)
 
 
+def check_exchange(folder: Path, names: list[str]) -> None:
+    """What one sharding engine wrote, the others take up bit for bit."""
+
+    def engine_of(name: str) -> Engine:
+        config = make_config(read_yaml(launch_file(name)) | DESCENT)
+        return choose.make_engine(
+            config.scale.engine, policy_of("light", tied=True, seed=1), config, CPU
+        )
+
+    def moment(engine: Engine) -> torch.Tensor:
+        head = engine.policy.model.lm_head.weight
+        if isinstance(engine, FSDP2Engine):
+            return gathered(engine.optimizer.state[head]["exp_avg_sq"])
+        return engine.moment(head, "exp_avg_sq")
+
+    source = folder / names[0] / "checkpoint-3"
+    for number, name in enumerate(["fsdp2", *names]):
+        engine = engine_of(name)
+        engine.load(source)
+        if number == 0:
+            first = engine
+            state = TrainState(step=3, wall_s=0.0, num_tokens=0.0, identity={})
+            tokenizer = build_tokenizer()
+            source = checkpoint.save(
+                engine, folder / "exchanged", state, tokenizer=tokenizer, training={}, keep=1
+            )
+        compare_bits(first, engine)
+        assert torch.equal(moment(first), moment(engine)), name
+        assert moment(first).abs().max() > 0
+        steps = {float(state["step"]) for state in engine.optimizer.state.values()}
+        assert steps == {3.0}, name
+
+
 def whole_persist_nothing(zero: Any) -> None:
     """DeepSpeed keeps small weights whole, and those of a tiny model are all small."""
     original = zero.zero_settings
@@ -245,6 +279,8 @@ def main(folder: Path, names: list[str]) -> None:
         check(name, folder, make_config(values))
         if values["engine"] == "fsdp2":
             check(f"{name}-whole", folder, make_config(values | {"whole_gradients": True}))
+    if len(names) > 1:
+        check_exchange(folder, names)
 
 
 if __name__ == "__main__":
