@@ -187,7 +187,7 @@ def quiet_deepspeed(device: torch.device) -> Any:
 def zero_settings(config: ScaleConfig, device: torch.device, policy: Policy) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
-    Its own sizes of buffers, half a milliard weights and more, are those of one large model; here a
+    Its own sizes of buffers, half a billion weights and more, are those of one large model; here a
     buffer holds a layer, and a weight is let go of once its module has run.
     """
     layer = max(
