@@ -19,6 +19,7 @@ from mcpo.mc_kernel import LazyBatch, candidate_scores, draws_needed, gumbel_noi
 from mcpo.mc_kernel.lazy import propose
 from mcpo.mc_kernel.noise import BEFORE_STEPS
 from mcpo.records import PackedBatch, TokenizedGroup
+from mcpo.reference import Reference
 from mcpo.reference_cache import ReferenceLogps
 
 
@@ -30,32 +31,28 @@ class LazyChains:
 
     Args:
         groups: trained on.
-        references: of these groups.
+        reference: of these groups.
         config: of the run.
+
+    Raises:
+        ValueError: the score begins with log-probabilities, and the reference has none beforehand.
     """
 
     def __init__(
-        self, groups: Sequence[TokenizedGroup], references: ReferenceLogps, config: Config
+        self, groups: Sequence[TokenizedGroup], reference: Reference, config: Config
     ) -> None:
         self._kernel, self._seed = config.kernel, config.run.seed
         self._place = {group.row_id: number for number, group in enumerate(groups)}
         size_G = torch.tensor([group.num_candidates for group in groups])
         self._in_pool_GF = torch.arange(int(size_G.max())) < size_G[:, None]
-        logp_GF = torch.zeros(self._in_pool_GF.shape, dtype=torch.float64)
-        length_GF = torch.ones(self._in_pool_GF.shape, dtype=torch.int64)
-        for number, group in enumerate(groups):
-            # A mismatched completion, if there is one, comes last.
-            known = references.logps[group.row_id][: group.num_candidates]
-            logp_GF[number, : len(known)] = torch.tensor(known)
-            length_GF[number, : size_G[number]] = torch.tensor(
-                [len(ids) for ids in group.candidate_ids]
-            )
         self._in_pool_GF[:, 0] = False
-        known_GF = candidate_scores(
-            logp_GF, logp_GF, length_GF, score=config.kernel.score, beta=config.loss.beta
-        )
-        self._known_GF = known_GF.masked_fill(~self._in_pool_GF, 0.0)
-        self._seen_GF = torch.full(known_GF.shape, BEFORE_STEPS)
+        self._known_GF = torch.zeros(self._in_pool_GF.shape, dtype=torch.float64)
+        # The reference's ratio to itself is 1, whatever its log-probabilities are.
+        if config.kernel.score != "log_ratio":
+            for number, group in enumerate(groups):
+                first_C = _first_scores(group, reference, config)
+                self._known_GF[number, 1 : group.num_candidates] = first_C[1:]
+        self._seen_GF = torch.full(self._known_GF.shape, BEFORE_STEPS)
         self._state_GM = self._first_states(list(self._place))
         self._noted: dict[int, Tensor] = {}
 
@@ -162,6 +159,21 @@ class LazyChains:
                     f"{tuple(own.shape)}, got {tuple(state[name].shape)}; resume with its data"
                 )
             own.copy_(state[name])
+
+
+def _first_scores(group: TokenizedGroup, reference: Reference, config: Config) -> Tensor:
+    """[C] float64 scores of the reference."""
+    score = config.kernel.score
+    if not isinstance(reference, ReferenceLogps):
+        raise ValueError(
+            f"scoring: lazy with score: {score} begins with log-probabilities of the reference "
+            "that are known before training; set reference: precomputed, or score: log_ratio"
+        )
+    # A mismatched completion, if there is one, comes last.
+    known = reference.logps[group.row_id][: group.num_candidates]
+    logp_C = torch.tensor(known, dtype=torch.float64)
+    length_C = torch.tensor([len(ids) for ids in group.candidate_ids])
+    return candidate_scores(logp_C, logp_C, length_C, score=score, beta=config.loss.beta)
 
 
 def largest_visit(group: TokenizedGroup, kernel: KernelConfig) -> TokenizedGroup:

@@ -113,7 +113,7 @@ def _resolve_plain(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
-    state: float,
+    state: float | None,
 ) -> Recompute:
     """Of a model that takes one sequence per row."""
     able = model.supports_gradient_checkpointing
@@ -140,9 +140,11 @@ def _fits(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
-    state: float,
+    state: float | None,
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
+    if state is None:
+        state = state_bytes(config, model)
     tokens = largest_micro_batch(config, groups)
     needed = state + SAFETY * activation_bytes(model.config, tokens, mode)
     if mode in ("none", "light"):

@@ -131,11 +131,6 @@ def resolved_kind(config: Config) -> str:
             f"reference: none needs a loss and a score without a reference, got {needed_by}; "
             "give reference: auto, or other ones"
         )
-    if config.kernel.scoring == "lazy" and (config.reference.sync_ref_model or asked == "live"):
-        raise ValueError(
-            "scoring: lazy needs reference: precomputed, whose scores its chains begin with, got a "
-            "live one; leave reference and sync_ref_model out, or score the whole pools"
-        )
     if config.reference.sync_ref_model:
         if config.adapter.adapts and config.reference.ref_model_mixup_alpha != 1:
             raise ValueError(
@@ -156,8 +151,8 @@ def _needed_by(config: Config) -> str:
         needs.append(f"loss_type: {', '.join(config.loss.loss_type)}")
     if config.kernel.score == "log_ratio":
         needs.append("score: log_ratio")
-    if config.kernel.scoring == "lazy":
-        needs.append("scoring: lazy (its chains begin with the reference's scores)")
+    elif config.kernel.scoring == "lazy":
+        needs.append("scoring: lazy, whose chains begin with the reference's scores")
     return " and ".join(needs)
 
 

@@ -26,7 +26,7 @@ from mcpo.encode import make_encoder
 from mcpo.engine import Engine, local_rank, local_world_size, rank, world_size
 from mcpo.engine.choose import LOADED_ONCE, check_combination, engine_name, make_engine
 from mcpo.engine.ranks import process_group
-from mcpo.evaluate.heldout import decode
+from mcpo.evaluate.heldout import decode, decode_once
 from mcpo.evaluate.verifiable import VerifiableItem, load_items
 from mcpo.identity import differences, identity_of
 from mcpo.lazy_chains import LazyChains
@@ -39,7 +39,7 @@ from mcpo.prefix_sharing import make_policy, settle
 from mcpo.prepare import Groups, for_losses, load_groups
 from mcpo.recompute import device_memory, resolve_recompute, state_bytes
 from mcpo.reference import keeps_adapter, reference_weights, resolved_kind
-from mcpo.reference_cache import ReferenceLogps, weights_hash
+from mcpo.reference_cache import weights_hash
 from mcpo.reference_pass import make_reference, packed_batches
 from mcpo.summary import finish
 from mcpo_kernels import resolve
@@ -122,7 +122,9 @@ def _run(
         config, engine, tokenizer, groups, console, rounding=rounding, segment=segment
     )
     encoder = make_encoder(tokenizer, prompt_format=config.data.prompt_format, chat_template=None)
-    before = decode(engine, encoder, items, config.run, console, name="before") if items else []
+    before = (
+        decode_once(engine, encoder, items, config.run, console, name="before") if items else []
+    )
     start = _load(job, found)
     state = train(job, start, track)
     if state.step < job.stop_step:
@@ -168,9 +170,7 @@ def _prepare(
     reference, sync = make_reference(
         engine, groups, config, console, weights=weights, rounding=rounding
     )
-    chains = None
-    if isinstance(reference, ReferenceLogps) and config.kernel.scoring == "lazy":
-        chains = LazyChains(groups.train, reference, config)
+    lazy = config.kernel.scoring == "lazy"
     job = Job(
         config=config,
         engine=engine,
@@ -184,7 +184,7 @@ def _prepare(
         segment=segment,
         identity=identity,
         console=console,
-        chains=chains,
+        chains=LazyChains(groups.train, reference, config) if lazy else None,
     )
     return job, found, track
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from mcpo.pack import move, pack
 from mcpo.policy import Policy, group_logps, unpacked
 from mcpo.records import PackedBatch, ScoredBatch, TokenizedGroup
 from mcpo.reference import Reference
+from mcpo.widened import Widened
 from mcpo_kernels.integrations.packable import longest_span
 
 # A float32 log-probability passes some hundred roundings, each at most half a unit in the last
@@ -114,6 +115,7 @@ def plain_logps(
     with (
         unpacked(policy) as model,
         torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+        nullcontext() if autocast_dtype else Widened(),
     ):
         # Where a model offers it, the prompt's rows do not go through the head.
         trims = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -242,7 +244,8 @@ def _autocast(policy: Policy, dtype: torch.dtype | None) -> Generator[None]:
     own = policy.autocast_dtype
     policy.autocast_dtype = dtype
     try:
-        yield
+        with nullcontext() if dtype else Widened():
+            yield
     finally:
         policy.autocast_dtype = own
 

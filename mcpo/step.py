@@ -8,6 +8,7 @@ Means over tokens, and what losses of earlier steps left behind, are of whole st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -173,8 +174,10 @@ def train_step(
     """
     totals: dict[str, Tensor] = {}
     losses: list[Tensor] = []
-    for batch, lazy in work.audits:
-        _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work.weight)
+    # One audit of all ranks: how many micro-batches each makes of it is its own matter.
+    with engine.together() if work.audits else nullcontext():
+        for batch, lazy in work.audits:
+            _add(totals, _audit(engine, batch, lazy, references, config, chains, work), work.weight)
     rounds = engine.rounds(len(work.batches))
     for number, (batch, lazy, weight) in enumerate(weighted(work, rounds), start=1):
         with engine.micro_step(last=number == rounds):

@@ -32,8 +32,8 @@ class ArmResult:
 
     means: Mapping[str, Estimate]
     """By the name in the summary; the error is that over seeds, NaN with one seed."""
-    accuracy_gain: Estimate | None
-    """Preference accuracy less the baseline's, seed by seed."""
+    changes: Mapping[str, Estimate]
+    """Of rates, less the baseline's, seed by seed: the error is that over seeds."""
     checks: PairedResult | None
     """Checks passed, baseline against arm: the same prompts and seeds, clustered by topic."""
 
@@ -66,14 +66,15 @@ def _result(mine: Sequence[Run], base: Sequence[Run]) -> ArmResult:
         for name in SHOWN
         if all(summary.get(name) is not None for summary in summaries)
     }
-    name = "preference_accuracy"
-    gain = None
-    if name in means and mine != base:
-        pairs = zip(summaries, others, strict=True)
-        gain = over_seeds([ours[name] - theirs[name] for ours, theirs in pairs])
+    pairs = list(zip(summaries, others, strict=True))
+    changes = {
+        name: over_seeds([ours[name] - theirs[name] for ours, theirs in pairs])
+        for name in _PERCENT
+        if name in means and mine != base
+    }
     asked = mine[0].options.get("heldout_prompts")
     checks = _compare(load_items(Path(str(asked))), base, mine) if asked and mine != base else None
-    return ArmResult(means=means, accuracy_gain=gain, checks=checks)
+    return ArmResult(means=means, changes=changes, checks=checks)
 
 
 def _compare(
@@ -106,23 +107,27 @@ def markdown(results: Mapping[str, ArmResult], baseline: str, seeds: int) -> str
     """The table: a line an arm, the best pass rate first."""
     names = [name for name in SHOWN if all(name in result.means for result in results.values())]
     heads = ["arm", *(SHOWN[name] for name in names)]
-    heads += ["checks, change", "p", "accuracy, change"]
+    heads += [f"change in {SHOWN[name]}" for name in _PERCENT if name in names]
+    heads += ["checks, change over topics", "p over topics"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     key = names[0] if names else ""
     for arm, result in sorted(
         results.items(), key=lambda each: -each[1].means[key].mean if key else 0
     ):
         cells = [_shown(result.means[name], percent=name in _PERCENT) for name in names]
-        checks, gain = result.checks, result.accuracy_gain
+        for name in _PERCENT:
+            if name in names:
+                change = result.changes.get(name)
+                cells.append(_shown(change, percent=True, sign="+") if change else "")
+        checks = result.checks
         cells.append(_shown(checks.difference, percent=True, sign="+") if checks else "")
         cells.append(f"{checks.p_value:.2g}" if checks else "")
-        cells.append(_shown(gain, percent=True, sign="+") if gain else "")
         lines.append(f"| {' | '.join([arm, *cells])} |")
     note = (
-        f"\n{seeds} seeds. Errors of means and of the change in accuracy are over seeds. The "
-        f"change in checks is to {baseline}, on the same prompts and seeds; its error is clustered "
-        "by topic, and p is the exact two-sided sign-flip test over topics, not corrected for the "
-        "number of arms.\n"
+        f"\n{seeds} seeds. Changes are to {baseline}. Errors are over seeds, and changes are taken "
+        "seed by seed. Over topics: the checks of all seeds together, on the same prompts; the "
+        "error is clustered by topic, and p is the exact two-sided sign-flip test over topics, not "
+        "corrected for the number of arms. It knows nothing of how seeds differ.\n"
     )
     return "\n".join(lines) + "\n" + note
 
@@ -170,8 +175,8 @@ def _plain(results: Mapping[str, ArmResult]) -> dict[str, Any]:
     return {
         arm: {
             "means": {name: estimate(value) for name, value in result.means.items()},
-            "accuracy_change": estimate(result.accuracy_gain),
-            "checks_change": estimate(result.checks.difference) if result.checks else None,
+            "changes": {name: estimate(value) for name, value in result.changes.items()},
+            "change_over_topics": estimate(result.checks.difference) if result.checks else None,
             "p_value": result.checks.p_value if result.checks else None,
         }
         for arm, result in results.items()

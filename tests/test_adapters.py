@@ -216,6 +216,25 @@ def test_a_run_saves_adapters_that_score_alike_everywhere(
     assert "lora_alpha (12 then, 16 now)" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_from_an_adapter(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """In bf16, head included; its reference has the adapter on, so it is no other run's."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save(adapted(build_model()), folder)
+    main(words(arguments | {"max_steps": 1, "bf16": "true"}))
+    more = {"adapter_name_or_path": folder, "output_dir": tmp_path / "more", "bf16": "true"}
+    assert main(words(arguments | more | {"recompute": "selective", "max_steps": 3})) == 0
+    assert len(list(arguments["reference_cache_dir"].iterdir())) == 2
+    lines = read_metrics(tmp_path / "more" / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-2)
+    before, after = (
+        load_file(where / "adapter_model.safetensors")
+        for where in (folder, tmp_path / "more" / "model")
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_dry_run_counts_what_trains(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ from benchmarks.peers import Missing
 from benchmarks.step import flops, gate, memory, models, problem, session
 from benchmarks.step.__main__ import main
 from benchmarks.step.arms import ARMS, LAZY_NAMES, Built, named
-from benchmarks.step.lazy import LazyStep
 from benchmarks.step.packed import PackedStep
 from benchmarks.step.padded import PaddedStep, pad
 from benchmarks.step.points import GRID, QUICK, Point, parse_point
@@ -70,7 +69,7 @@ def test_a_step_of_mcpo_has_the_gradient_of_the_naive_one(mode):
 def test_a_lazy_step_packs_three_candidates_and_has_the_same_gradient():
     posed = make(ragged_groups(), "fp64")
     ours = models.exact(models.load("tiny")[0])
-    LazyStep(posed, ours)()
+    PackedStep(posed, ours, "light", lazy=True)()
     oracle = gate.make_oracle(posed, models.load("tiny")[0])
     assert gate.relative_error(gate.gradients(ours), oracle.exact.gradients) < 1e-9
     assert [group.num_candidates for group in posed.visited()] == [3, 2, 3]

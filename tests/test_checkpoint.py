@@ -10,19 +10,35 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from mcpo import checkpoint
 from mcpo.checkpoint import TrainState
+from mcpo.config import OptimConfig
+from mcpo.engine.single import SingleEngine
+from mcpo.engine.whole import load_weights
+from mcpo.optimizer import build_optimizer
+from mcpo.policy import Policy
 
 
 def state(step: int) -> TrainState:
     return TrainState(step=step, wall_s=1.5, num_tokens=10.0, identity={"seed": 0})
 
 
+def engine_of(seed: int = 0) -> SingleEngine:
+    """With a moment, so that the optimizer has something to say."""
+    policy = Policy(build_model(seed), head_impl="auto", autocast_dtype=None)
+    optimizer = build_optimizer(policy, OptimConfig())
+    for weight in policy.parameters():
+        weight.grad = torch.full_like(weight, 1.0 + seed)
+    optimizer.step()
+    policy.model.load_state_dict(build_model(seed).state_dict())
+    return SingleEngine(policy, optimizer, torch.device("cpu"))
+
+
 def save(folder: Path, step: int, keep: int = 2) -> Path:
     return checkpoint.save(
+        engine_of(),
         folder,
         state(step),
-        model=build_model(),
         tokenizer=build_tokenizer(),
-        training={"optimizer": {"step": torch.tensor(step)}},
+        training={"schedule": {"step": torch.tensor(step)}},
         keep=keep,
     )
 
@@ -31,13 +47,16 @@ def test_state_weights_and_optimizer_come_back(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     assert checkpoint.newest(tmp_path) == folder
     assert checkpoint.read_state(folder) == state(3)
-    assert checkpoint.load_training(folder)["optimizer"]["step"] == 3
-    other = build_model(seed=1)
-    checkpoint.load_weights(folder, other)
+    assert checkpoint.load_training(folder)["schedule"]["step"] == 3
+    other = engine_of(seed=1)
+    other.load(folder)
     for (name, left), right in zip(
-        other.state_dict().items(), build_model().state_dict().values(), strict=True
+        other.policy.model.state_dict().items(), build_model().state_dict().values(), strict=True
     ):
         assert torch.equal(left, right), name
+    moments, expected = (each.optimizer.state_dict()["state"] for each in (other, engine_of()))
+    for number, values in expected.items():
+        assert all(torch.equal(moments[number][name], value) for name, value in values.items())
 
 
 def test_renamed_and_sharded_weights_come_back(tmp_path: Path) -> None:
@@ -54,7 +73,7 @@ def test_renamed_and_sharded_weights_come_back(tmp_path: Path) -> None:
     saved, other = MixtralForCausalLM(config), MixtralForCausalLM(config)
     saved.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model*.safetensors"))) > 1
-    checkpoint.load_weights(tmp_path, other)
+    load_weights(tmp_path, other)
     for (name, left), right in zip(
         other.state_dict().items(), saved.state_dict().values(), strict=True
     ):
@@ -71,7 +90,7 @@ def test_weights_that_are_not_those_of_the_model_are_refused(tmp_path: Path, dam
         stored |= {"model.norm.weight": norm, "model.extra.weight": norm.clone()}
     save_file(stored, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"every weight of LlamaForCausalLM .*{damage}_keys"):
-        checkpoint.load_weights(folder, build_model())
+        load_weights(folder, build_model())
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:

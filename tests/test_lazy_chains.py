@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, torchrun, weights, words
+from conftest import build_model
 
-from mcpo import loop
-from mcpo.checkpoint import load_training
 from mcpo.cli import make_config
-from mcpo.config import Config, KernelConfig
+from mcpo.config import POOL_LOSSES, Config, KernelConfig
 from mcpo.engine.single import SingleEngine
 from mcpo.lazy_chains import LazyChains, largest_visit
-from mcpo.metrics import read_metrics
+from mcpo.losses import LOSSES
 from mcpo.optimizer import build_optimizer
 from mcpo.pack import pack
 from mcpo.policy import Policy
 from mcpo.recompute import largest_micro_batch, share_with_gradient
 from mcpo.records import TokenizedGroup
+from mcpo.reference import NoReference
 from mcpo.reference_cache import ReferenceLogps
 from mcpo.step import StepWork, train_step
-from mcpo.train import main
 
 CPU = torch.device("cpu")
 
@@ -100,6 +96,38 @@ def test_chains_begin_in_a_draw_by_the_references_score(score: str, slope: float
     # Of a row alone, whatever other rows there are.
     alone = LazyChains(groups[7:8], references, config_of(score=score)).state_dict()["state"]
     assert torch.equal(alone, state["state"][7:8])
+
+
+def test_a_live_reference_has_a_ratio_before_training_and_no_log_probabilities() -> None:
+    """What a lazy run begins with is known, or asked for; it never scores fully instead."""
+    known = LazyChains(GROUPS, NoReference(), config_of()).state_dict()["known"]
+    assert torch.equal(known, chains_of(config_of()).state_dict()["known"])
+    assert not known.any()
+    with pytest.raises(ValueError, match="score: logp begins with log-probabilities of the refere"):
+        LazyChains(GROUPS, NoReference(), config_of(score="logp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": ["mcpo", "infonca"]}, r"needs losses of drawn negatives, .* \['infonca'\]"),
+        ({"augmented": True}, r"needs losses of drawn negatives, .* \['augmented'\]"),
+        ({"loss_type": "mcpo_unbiased"}, "temperature 1, chain none, scoring full, with several"),
+    ],
+)
+def test_losses_that_need_more_than_a_chain_gives_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**options)
+    if "mcpo_unbiased" in options.values():
+        with pytest.raises(ValueError, match=message):
+            make_config(options | {"chain": "subset"})
+
+
+def test_losses_over_whole_pools_are_the_ones_that_are_refused() -> None:
+    whole = {name for name, loss in LOSSES.items() if loss.negatives == "pool"}
+    assert whole == set(POOL_LOSSES)
 
 
 # What is packed.
@@ -288,93 +316,3 @@ def test_chains_go_on_from_what_was_saved() -> None:
     other = LazyChains(GROUPS[:3], REFERENCES, config)
     with pytest.raises(ValueError, match=r"known must have shape \(3, 4\), got \(7, 6\); resume"):
         other.load_state_dict(saved)
-
-
-# Whole runs.
-
-
-@pytest.fixture
-def lazy_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    return arguments | {"scoring": "lazy", "lazy_audit_steps": 3, "num_train_epochs": 3}
-
-
-def test_a_lazy_run_packs_less_learns_and_resumes_bit_for_bit(
-    lazy_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed: list[StepWork] = []
-    original = loop.train_step
-
-    def note(engine: Any, work: StepWork, *rest: Any) -> dict[str, float]:
-        packed.append(work)
-        return original(engine, work, *rest)
-
-    monkeypatch.setattr(loop, "train_step", note)
-    whole = lazy_arguments | {"save_steps": 5, "save_total_limit": 9}
-    assert main(words(whole)) == 0
-    lines = read_metrics(whole["output_dir"] / "metrics.jsonl")
-    assert len(lines) == 12
-    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    audited = [line["step"] for line in lines if "mc/lazy_tv" in line]
-    assert audited == [3, 6, 9, 12]
-    assert audited == [line["step"] for line in lines if "mc/stale_tv" in line]
-    assert all({"mc/staleness", "mc/drift", "mc/acceptance"} <= set(line) for line in lines)
-    columns = [each for work in packed for batch in work.batches for each in batch.columns]
-    assert {len(each) for each in columns} == {2, 3}
-    assert len({each[1:] for each in columns}) > 3
-
-    resumed = whole | {"output_dir": tmp_path / "resumed"}
-    shutil.copytree(whole["output_dir"] / "checkpoint-5", resumed["output_dir"] / "checkpoint-5")
-    assert main([*words(resumed), "--resume"]) == 0
-    first, second = weights(whole["output_dir"]), weights(resumed["output_dir"])
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    chains = [
-        load_training(each["output_dir"] / "checkpoint-10")["chains"] for each in (whole, resumed)
-    ]
-    assert all(torch.equal(chains[0][name], chains[1][name]) for name in ("known", "seen", "state"))
-
-
-@pytest.mark.slow
-def test_two_processes_resume_a_lazy_run_bit_for_bit(
-    lazy_arguments: dict[str, Any], tmp_path: Path
-) -> None:
-    """In the second and third epoch prompts are met by other ranks than in the first."""
-    two = lazy_arguments | {"per_device_train_batch_size": 2, "save_steps": 4}
-    two |= {"save_total_limit": 9}
-    torchrun(two, 2)
-    copied = two | {"output_dir": tmp_path / "copied", "resume": "true"}
-    shutil.copytree(two["output_dir"] / "checkpoint-4", copied["output_dir"] / "checkpoint-4")
-    torchrun(copied, 2)
-    first, second = weights(two["output_dir"]), weights(copied["output_dir"])
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    # One process makes the same moves: scores differ by rounding alone, and no draw hangs on it.
-    one = two | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "one"}
-    assert main(words(one)) == 0
-    alone, shared = (
-        load_training(each["output_dir"] / "checkpoint-4")["chains"] for each in (one, two)
-    )
-    assert torch.equal(alone["state"], shared["state"])
-    assert torch.equal(alone["seen"], shared["seen"])
-    torch.testing.assert_close(alone["known"], shared["known"], rtol=1e-3, atol=1e-4)
-
-
-def test_static_negatives_are_packed_alone_in_every_step(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: dict[str, set[tuple[int, ...]]] = {}
-    original = loop.train_step
-
-    def note(engine: Any, work: StepWork, *rest: Any) -> dict[str, float]:
-        for batch in work.batches:
-            assert batch.mask_PC.shape[1] == 2
-            for prompt, row_id in enumerate(batch.row_ids):
-                own = batch.seq_of_N == batch.seq_of_PC[prompt, 1]
-                seen.setdefault(row_id, set()).add(tuple(batch.target_N[own].tolist()))
-        return original(engine, work, *rest)
-
-    monkeypatch.setattr(loop, "train_step", note)
-    static = arguments | {"sampling": "static", "strategy": "random"}
-    assert main(words(static)) == 0
-    assert len(seen) == 14
-    assert {len(each) for each in seen.values()} == {1}
-    assert "sampling: static: 14 of " in capsys.readouterr().out

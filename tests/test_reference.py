@@ -12,7 +12,6 @@ from conftest import build_model, torchrun, weights, words
 from test_adapters import adapted
 from test_step import GROUPS
 
-from mcpo import losses
 from mcpo.adapters import POLICY, REFERENCE, attach, read, save
 from mcpo.cli import make_config
 from mcpo.config import Config
@@ -195,12 +194,13 @@ def test_processes_keep_one_moving_reference(arguments: dict[str, Any], tmp_path
         assert min(line["loss"] for line in lines) < 0.69
 
 
-def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"score": "mean_logp", "reference": "auto"}
+def test_kinds_are_resolved_by_need() -> None:
+    free = {"score": "mean_logp", "reference": "auto", "loss_type": "simpo"}
     assert resolved_kind(make_config({})) == "precomputed"
-    assert resolved_kind(make_config(free)) == "precomputed"
+    assert resolved_kind(make_config(free | {"loss_type": "mcpo"})) == "precomputed"
+    assert resolved_kind(make_config(free | {"loss_type": ["simpo", "dpo"]})) == "precomputed"
+    assert resolved_kind(make_config(free | {"scoring": "lazy"})) == "precomputed"
     assert resolved_kind(make_config({"sync_ref_model": True})) == "live"
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
     assert resolved_kind(make_config(free)) == "none"
     assert resolved_kind(make_config(free | {"reference": "none"})) == "none"
     assert resolved_kind(make_config(free | {"reference": "live"})) == "live"
@@ -209,10 +209,9 @@ def test_kinds_are_resolved_by_need(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_reference(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(losses, "_OF_LOG_RATIOS", frozenset())
-    settings = arguments | {"score": "logp", "max_steps": 2}
+    settings = arguments | {"score": "logp", "loss_type": "simpo", "max_steps": 2}
     assert main(words(settings)) == 0
     assert "reference: none, the loss and the score need none" in capsys.readouterr().out
     assert not arguments["reference_cache_dir"].exists()

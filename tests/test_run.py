@@ -68,14 +68,26 @@ def test_a_tracker_is_sent_the_lines_of_the_file(
     assert lines[2]["num_tokens"] > lines[1]["num_tokens"] > lines[0]["num_tokens"]
 
 
+# A mean over tokens, and one over earlier steps.
+KTO = {"loss_type": "kto", "sft_weight": 0.3, "num_negatives": 2}
+
+
 @pytest.mark.parametrize(
-    ("num_groups", "objective"),
-    # The second has a mean over tokens and one over earlier steps.
-    [(15, {}), (13, {"loss_type": "kto", "sft_weight": 0.3, "num_negatives": 2})],
-    ids=["uneven-shares", "a-rank-without-rows"],
+    ("num_groups", "engine", "objective"),
+    [
+        (15, "ddp", {}),
+        (13, "ddp", KTO),
+        (13, "fsdp2", {}),
+        pytest.param(15, "fsdp2", KTO, marks=pytest.mark.slow),
+    ],
+    ids=["uneven-shares", "a-rank-without-rows", "fsdp2-a-rank-without-rows", "fsdp2-uneven"],
 )
 def test_two_processes_make_the_update_of_one(
-    arguments: dict[str, Any], tmp_path: Path, num_groups: int, objective: dict[str, Any]
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    num_groups: int,
+    engine: str,
+    objective: dict[str, Any],
 ) -> None:
     """Steps of 4, the last of an epoch of 3 or 1; ranks differ in micro-batches.
 
@@ -89,7 +101,7 @@ def test_two_processes_make_the_update_of_one(
     one = arguments | descent | objective | {"per_device_train_batch_size": 4}
     two = one | {"per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
     main(words(one))
-    torchrun(two, 2)
+    torchrun(two | {"launch": engine}, 2)
     expected = read_metrics(one["output_dir"] / "metrics.jsonl")
     got = read_metrics(two["output_dir"] / "metrics.jsonl")
     start = build_model().state_dict()

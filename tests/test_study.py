@@ -75,6 +75,11 @@ def test_a_study_trains_each_arm_once_and_compares(
     assert found["mean"] == pytest.approx(sum(pair) / 2)
     assert found["stderr"] == pytest.approx(abs(pair[0] - pair[1]) / 2)
     assert result["mc"]["p_value"] is None
+    other = [summaries["mc", seed]["preference_accuracy"] for seed in (0, 1)]
+    gains = [ours - theirs for ours, theirs in zip(pair, other, strict=True)]
+    change = result["max"]["changes"]["preference_accuracy"]
+    assert change["mean"] == pytest.approx(sum(gains) / 2)
+    assert change["stderr"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
     assert 0 < result["max"]["p_value"] <= 1
     assert (folder / "table.md").read_text() in shown
     assert "| max |" in shown

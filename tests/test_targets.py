@@ -210,6 +210,17 @@ def test_float32_as_it_is_needs_no_tensor_core():
     assert not verdict(changed(products={}), dtype="fp32", precision="tf32").ok
 
 
+def test_only_tf32_may_load_a_tile_by_elements():
+    loop = dataclasses.replace(GOOD.loops[0], copied_bytes=4)
+    narrow = dataclasses.replace(changed(loads={4: 4}), loops=(loop,))
+    assert verdict(narrow, dtype="fp32", precision="tf32x3").ok
+    for dtype in ("fp32", "bf16"):
+        assert verdict(narrow, dtype=dtype).why == (
+            "tiles are copied by 4 bytes",
+            "no load of 16 bytes",
+        )
+
+
 def test_a_kernel_without_products_needs_neither_loops_nor_tensor_cores():
     row = verdict(dataclasses.replace(changed(products={}, loads={4: 1}), loops=()))
     assert row.ok
@@ -299,7 +310,8 @@ def test_the_page_is_written_from_rows_alone(tmp_path: Path):
     assert "old" not in text
     assert "commit abc1234, Triton 3.9.0, ptxas 12.9" in text
     assert (
-        "| `f` | sm_80 | plain | -x-x- w8 s3 | 128 | 0 | 64 (163) | 25% | 8 mma | 0 | ok |" in text
+        "| `f` | sm_80 | plain | -x-x- w8 s3 | 128 | 0 | 64 (163) | 25% | 8 mma | 0 "
+        "| 4 of 4 | yes | ok |" in text
     )
     assert "| `f` | bf16 | 1 of 2 |" in text
     assert "- spills: 1" in text

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.step.lazy import LazyStep
 from benchmarks.step.packed import PackedStep
 from benchmarks.step.padded import PaddedStep
 from benchmarks.step.problem import Problem
@@ -49,17 +48,12 @@ class Arm:
         return self.kind in ("trl", "trl_stored")
 
 
-def _packed(mode: str) -> Build:
+def _packed(mode: str, *, lazy: bool = False) -> Build:
     def build(problem: Problem, model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Built:
-        step = PackedStep(problem, model, mode)
+        step = PackedStep(problem, model, mode, lazy=lazy)
         return Built(step, step.mode)
 
     return build
-
-
-def _lazy(problem: Problem, model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Built:
-    step = LazyStep(problem, model)
-    return Built(step, step.mode)
 
 
 def _padded(*, checkpointed: bool, naive: bool = False) -> Build:
@@ -89,7 +83,13 @@ ARMS = (
         kind="packed",
         pairs=False,
     ),
-    Arm(name="mcpo_lazy", title="MC-PO, lazy", build=_lazy, kind="lazy", pairs=False),
+    Arm(
+        name="mcpo_lazy",
+        title="MC-PO, lazy",
+        build=_packed("auto", lazy=True),
+        kind="lazy",
+        pairs=False,
+    ),
     Arm(name="dpo", title="DPO, shared prefix", build=_packed("auto"), kind="packed"),
     Arm(name="dpo_padded", title="DPO, padded", build=_padded(checkpointed=False), kind="padded"),
     Arm(

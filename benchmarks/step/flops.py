@@ -68,6 +68,7 @@ class Work:
 
 
 NOTHING = Work(0, 0)
+PACKED = ("packed", "lazy")
 
 
 def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
@@ -81,7 +82,7 @@ def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
     """
     pairs = problem.pairs().groups
     trained_rows = _rows(pairs)
-    if arm.kind in ("packed", "lazy"):
+    if arm.kind in PACKED:
         groups = _packed_groups(arm, problem)
         forward, rows = _shared(groups), _rows(groups)
         # Of every mode but these two the backward sees the rows with gradient alone.
@@ -100,7 +101,7 @@ def count(arm: Arm, recompute: str, problem: Problem, costs: Costs) -> float:
         "selective": backward,
         "full": backward,
     }[recompute]
-    logits = (rows if arm.kind == "packed" else trained_rows) * costs.vocabulary
+    logits = (rows if arm.kind in PACKED else trained_rows) * costs.vocabulary
     return (
         costs.token * (forward.tokens + again.tokens + 2 * backward.tokens)
         + costs.pair * (forward.pairs + again.pairs + 2.5 * backward.pairs)
@@ -113,14 +114,14 @@ def _kept(arm: Arm, recompute: str, logits: int) -> float:
     if arm.is_trl:
         return float(arm.kind == "trl_stored")
     # Padded steps keep as much as the packed ones that keep as much of their layers.
-    mode = "light" if arm.kind != "packed" and recompute == "none" else recompute
+    mode = "light" if arm.kind not in PACKED and recompute == "none" else recompute
     return min(1.0, logits_mb(mode) * 2**20 / (4 * logits))
 
 
 def packed_tokens(arm: Arm, problem: Problem) -> int:
     """Tokens that go through the body in all forwards of a step, padding included."""
     pairs = problem.pairs().groups
-    if arm.kind in ("packed", "lazy"):
+    if arm.kind in PACKED:
         return _shared(_packed_groups(arm, problem)).tokens
     scored = _padded(problem.groups).tokens if arm.kind == "naive" else 0
     return _padded(pairs).tokens + scored

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 from mcpo.config.data import DataConfig
 from mcpo.config.model import AdapterConfig, ModelConfig, ReferenceConfig, ScaleConfig
-from mcpo.config.objective import LOSS_TYPES, SMOOTHED, LossConfig
+from mcpo.config.objective import LOSS_TYPES, POOL_LOSSES, SMOOTHED, LossConfig
 from mcpo.config.options import help_of, require
 from mcpo.config.sampling import KernelConfig
 from mcpo.config.training import OptimConfig, RunConfig
 
 __all__ = [
     "LOSS_TYPES",
+    "POOL_LOSSES",
     "SMOOTHED",
     "AdapterConfig",
     "Config",
@@ -54,8 +55,15 @@ class Config:
         if "mcpo_unbiased" in losses:
             rule = (
                 "mcpo_unbiased is unbiased for one way to draw: strategy mc, score log_ratio, "
-                "temperature 1, with several negatives replacement, and not augmented"
+                "temperature 1, chain none, scoring full, with several negatives replacement, and "
+                "not augmented"
             )
             drawn = (kernel.strategy, kernel.score, kernel.temperature) == ("mc", "log_ratio", 1.0)
             apart = kernel.num_negatives == 1 or kernel.replacement
-            require(drawn and apart and not self.loss.augmented, rule, kernel)
+            at_once = not kernel.runs_chains
+            require(drawn and apart and at_once and not self.loss.augmented, rule, kernel)
+        if kernel.scoring == "lazy":
+            whole = [name for name in losses if name in POOL_LOSSES]
+            whole += ["augmented"] * self.loss.augmented
+            rule = "scoring: lazy needs losses of drawn negatives, since it scores no whole pool"
+            require(not whole, rule, whole)

@@ -13,6 +13,8 @@ LOSS_TYPES = (
     *("ipo", "ipo_sum", "bco", "kto", "apo_zero", "apo_down", "sppo", "nca", "nca_rated"),
     *("infonca", "simpo", "cpo", "orpo", "sft"),
 )
+# Of those that contrast the chosen with all candidates, drawn or not.
+POOL_LOSSES = ("infonca", "nca_rated")
 SMOOTHED = ("cdpo", "robust", "exo", "simpo", "cpo")
 # Of those that have another name in TRL and the same formula here.
 TRL_NAMES = {"sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "sppo_hard": "sppo"}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPLITS = (("train", 600), ("validation", 100), ("heldout", 200))
 MODEL = "small-task"
 SAMPLES, MAX_NEW_TOKENS, PROMPTS_PER_BATCH = 8, 40, 50
-TEXTS, BATCH, EPOCHS, LEARNING_RATE = 8000, 64, 6, 3e-3
+TEXTS, BATCH, EPOCHS, LEARNING_RATE = 8000, 64, 4, 3e-3
 # Turns are words of their own, so that a tokenizer of whole words reads them.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <|end|> ' }}{% endfor %}"

@@ -98,10 +98,13 @@ def obeying(checks: Sequence[Check], draw: random.Random) -> str | None:
 
 
 def random_text(draw: random.Random, named: Sequence[str] = ()) -> str:
-    """One to three sentences of words, with a comma or a number here and there."""
+    """One to three sentences of words, with a comma or a number here and there.
+
+    None ends before its third word: where it may, the likeliest text is too short to pass anything.
+    """
     tokens: list[str] = []
     for _ in range(draw.randint(1, 3)):
-        for _ in range(draw.randint(2, 7)):
+        for _ in range(draw.randint(3, 7)):
             tokens.append(draw.choice([*WORDS, *list(named) * 10]))
             if draw.random() < 0.2:
                 tokens.append(draw.choice(_INSIDE))

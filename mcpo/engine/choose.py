@@ -51,20 +51,19 @@ def check_combination(config: Config, name: str) -> None:
     """Refuse what an engine that shards weights does not have yet.
 
     Raises:
-        ValueError: adapters, a live reference or audits of lazy chains with such an engine.
+        ValueError: adapters or a live reference with such an engine.
     """
     if name not in ("fsdp2", "deepspeed"):
         return
     wanted = {
         "adapters (use_peft, adapter_name_or_path)": config.adapter.adapts,
         "a live reference (reference: live, sync_ref_model)": resolved_kind(config) == "live",
-        "lazy_audit_steps": config.kernel.lazy_audit_steps > 0,
     }
     found = [what for what, is_wanted in wanted.items() if is_wanted]
     if found:
         raise ValueError(
-            f"engine: {name} needs full-parameter training, a precomputed reference and no audits, "
-            f"got {' and '.join(found)}; use engine: ddp"
+            f"engine: {name} needs all weights trained and a precomputed reference, got "
+            f"{' and '.join(found)}; use engine: ddp"
         )
 
 

@@ -7,6 +7,7 @@ number wrote, bit for bit: a shard is cut anew from those it overlaps. Nothing i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ class Stored:
         """A tensor put together on the host, by this rank alone."""
         entry = self._entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load_state({name: tensor}, storage_reader=self.reader, no_dist=True)
+        with warnings.catch_warnings():
+            # That it loads in this process alone, which is what is asked for.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load_state({name: tensor}, storage_reader=self.reader, no_dist=True)
         return tensor
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,7 +2,9 @@
 
 Groups, each whole while its modules run: every layer; the embedding; the head; what is left of the
 body, such as the last norm. An embedding that is tied to the head is one group with it, whole from
-the first layer to the head. Policy and model hold no weights of their own: they are roots, so that
+the first layer to the head. Under autocast layers and an untied head are gathered in its type, and
+so are their gradients, which are summed in float32; embeddings and last norm stay float32, as the
+residual stream does. Policy and model hold no weights of their own: they are roots, so that
 a packed forward, which goes through the policy, and a plain one, which goes through the model, find
 the same groups.
 
@@ -14,12 +16,18 @@ rank ever holds more than a group of them, and the other ranks may begin with a 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -53,14 +61,18 @@ def shard(policy: Policy, device: torch.device) -> None:
     assert isinstance(embedding, nn.Module)
     assert isinstance(head, nn.Module)
     tied = embedding.weight is head.weight
+    # What products cast to bf16 in each use may as well be cast before it is sent.
+    cast = MixedPrecisionPolicy(
+        param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for layer in layers:
-        _shard_group([layer], mesh, holders, device)
+        _shard_group([layer], mesh, holders, device, precision=cast)
     # The backward follows the head at once: between them it stays whole.
     if tied:
         _shard_group([embedding, head], mesh, holders, device, reshard_after_forward=False)
     else:
         _shard_group([embedding], mesh, holders, device)
-        _shard_group([head], mesh, holders, device, reshard_after_forward=False)
+        _shard_group([head], mesh, holders, device, reshard_after_forward=False, precision=cast)
         # The gradient of a look-up does not depend on the table.
         assert isinstance(embedding, FSDPModule)
         embedding.set_unshard_in_backward(False)
@@ -71,10 +83,12 @@ def shard(policy: Policy, device: torch.device) -> None:
 
 def _make_root(policy: Policy) -> None:
     """FSDP2 takes for the root what runs first, and the checks at the start run parts alone."""
-    policy.run_first = lambda: None
+    # Of any type, as a module's type knows of no attribute that is a function.
+    root: Any = policy
+    root.run_first = lambda: None
     register_fsdp_forward_method(policy, "run_first")
-    policy.run_first()
-    del policy.run_first
+    root.run_first()
+    del root.run_first
 
 
 def _shard_group(
@@ -84,6 +98,7 @@ def _shard_group(
     device: torch.device,
     *,
     reshard_after_forward: bool = True,
+    precision: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Send the weights of one group to all ranks, then keep a shard of each."""
     _receive(modules, holders, device)
@@ -91,6 +106,7 @@ def _shard_group(
         modules if len(modules) > 1 else modules[0],
         mesh=mesh,
         reshard_after_forward=reshard_after_forward,
+        mp_policy=precision or MixedPrecisionPolicy(),
     )
 
 

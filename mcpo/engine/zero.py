@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcpo.config import ScaleConfig
 from mcpo.engine import sharded_files, zero_files
@@ -44,7 +45,7 @@ class ZeroEngine(Ranks):
     ) -> None:
         super().__init__(device)
         deepspeed = quiet_deepspeed(device)
-        settings = zero_settings(config, device)
+        settings = zero_settings(config, device, policy)
         self._deepspeed = deepspeed
         self._stage = config.zero_stage
         if self._stage == 3:
@@ -170,8 +171,9 @@ def quiet_deepspeed(device: torch.device) -> Any:
     """The package, told which device to use before it is imported, and not to compile."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    # An optional engine.
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    import deepspeed.ops  # pyright: ignore[reportMissingImports]
 
     if device.type == "cpu":
         # A faster all-reduce for inference, which takes a compiler and minutes. It has no option.
@@ -182,12 +184,31 @@ def quiet_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def zero_settings(config: ScaleConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+def zero_settings(config: ScaleConfig, device: torch.device, policy: Policy) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Its own sizes of buffers, half a billion weights and more, are those of one large model; here a
+    buffer holds a layer, and a weight is let go of once its module has run.
+    """
+    layer = max(
+        (
+            sum(weight.numel() for weight in module.parameters())
+            for module in policy.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ),
+        default=0,
+    )
+    largest = max(weight.numel() for weight in policy.parameters())
+    bucket = layer or largest
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "overlap_comm": device.type == "cuda",
         "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_live_parameters": largest + 2 * bucket,
+        "stage3_max_reuse_distance": 0,
     }
     if config.offload:
         host = {"device": "cpu", "pin_memory": device.type == "cuda"}

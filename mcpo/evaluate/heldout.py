@@ -64,8 +64,32 @@ def decode(
     return every
 
 
+def decode_once(
+    engine: Engine,
+    encoder: Encoder,
+    items: Sequence[VerifiableItem],
+    config: RunConfig,
+    console: Console,
+    *,
+    name: str,
+) -> list[Completion]:
+    """``decode``, or what an earlier start of this run wrote."""
+    path = Path(config.output_dir) / f"heldout_{name}.jsonl"
+    if not all(engine.gather(path.is_file())):
+        return decode(engine, encoder, items, config, console, name=name)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if [row.pop("id") for row in rows] != [item.item_id for item in items]:
+        raise ValueError(
+            f"{path} must hold an answer to every held-out prompt, and holds others; restore "
+            "heldout_prompts, or start anew in another output_dir"
+        )
+    return [Completion(**row) for row in rows]
+
+
 def _write(path: Path, items: Sequence[VerifiableItem], completions: Sequence[Completion]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
         for item, completion in zip(items, completions, strict=True):
             file.write(json.dumps({"id": item.item_id, **asdict(completion)}) + "\n")
+    scratch.replace(path)

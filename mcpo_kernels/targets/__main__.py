@@ -29,7 +29,14 @@ from mcpo_kernels.targets import page
 from mcpo_kernels.targets.build import versions
 from mcpo_kernels.targets.cases import DTYPES, Case, Selection, cases
 from mcpo_kernels.targets.devices import TARGETS
-from mcpo_kernels.targets.verdict import WIDE, Row, row_of, row_of_the_dead, tile_of
+from mcpo_kernels.targets.verdict import (
+    PIPELINED,
+    Row,
+    row_of,
+    row_of_the_dead,
+    tile_of,
+    wide_of,
+)
 from mcpo_kernels.targets.workers import run_jobs
 
 if TYPE_CHECKING:
@@ -80,7 +87,16 @@ def table(rows: list[Row]) -> Table:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("kernel", "target", "dtype, head, shape", "tile"):
         shown.add_column(name, no_wrap=True)
-    for name in ("regs", "spill B", "shared KiB", "occ.", "tensor", "async", "16 B loads"):
+    for name in (
+        "regs",
+        "spill B",
+        "stack B",
+        "shared KiB",
+        "occ.",
+        "tensor",
+        "async",
+        "16 B loads",
+    ):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("pipelined", no_wrap=True)
     shown.add_column("verdict", overflow="fold")
@@ -90,9 +106,8 @@ def table(rows: list[Row]) -> Table:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    config, loads = row.config, row.loads or {}
+    config = row.config
     of = ", ".join(str(config[name]) for name in ("dtype", "head", "shape"))
-    wide = sum(count for size, count in loads.items() if size >= WIDE)
     shared = "-" if row.shared_bytes is None else f"{row.shared_bytes / 1024:.0f}"
     return (
         row.kernel,
@@ -101,12 +116,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         tile_of(config),
         _number(row.registers),
         _number(row.spills),
+        _number(row.stack),
         f"{shared}/{row.shared_limit // 1024}",
         "-" if row.occupancy is None else f"{row.occupancy:.0%}",
         f"{_number(row.tensor_core_ops)} {row.tensor_core_kind or ''}",
         _number(row.async_copies),
-        f"{wide}/{sum(loads.values())}",
-        {True: "yes", False: "no", None: "no loop"}[row.pipelined],
+        wide_of(row.loads or {}),
+        PIPELINED[row.pipelined],
         "[green]ok" if row.ok else f"[red]{'; '.join(row.why)}",
     )
 

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mcpo_kernels.targets.verdict import tile_of
+from mcpo_kernels.targets.verdict import PIPELINED, tile_of, wide_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "targets.md"
@@ -66,8 +66,9 @@ def _defaults(rows: list[dict[str, Any]]) -> list[str]:
         "Launches as they are without tuning, bf16:",
         "",
         "| kernel | target | head | tile, warps, stages | registers | spills "
-        "| shared KiB (limit) | occupancy | tensor core instructions | async copies | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| shared KiB (limit) | occupancy | tensor core instructions | async copies "
+        "| loads of 16 bytes | pipelined | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     wanted = [row for row in rows if row["default"] and row["config"]["dtype"] == "bf16"]
     shown: set[str] = set()
@@ -90,6 +91,8 @@ def _defaults(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['occupancy']:.0%}",
             tensor,
             row["async_copies"],
+            wide_of(row["loads"] or {}),
+            PIPELINED[row["pipelined"]],
             "ok" if row["ok"] else "; ".join(row["why"]),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDE = 16
 """Bytes of the widest load that all targets have, 128 bits."""
+PIPELINED = {True: "yes", False: "no", None: "no loop"}
+"""In words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,12 @@ def tile_of(config: dict[str, Any]) -> str:
     return f"{sides} w{config['num_warps']} s{config['num_stages']}"
 
 
+def wide_of(loads: Mapping[Any, int]) -> str:
+    """How many load instructions are wide, of all; from a row, or from one read from JSON."""
+    wide = sum(count for size, count in loads.items() if int(size) >= WIDE)
+    return f"{wide} of {sum(loads.values())}"
+
+
 def row_of(case: Case, *, fresh: bool = False) -> Row:
     """Compile a case, or find it compiled if it need not be ``fresh``, and judge it."""
     try:
@@ -83,8 +92,17 @@ def judge(case: Case, binary: Binary) -> Row:
     )
     on_tensor_cores = sum(listing.products.values())
     # Float32 multiplied as it is: tensor cores of NVIDIA do not offer that.
-    exact = case.config["dtype"] == "fp32" and case.config.get("precision", "ieee") == "ieee"
-    why = _faults(binary, target, blocks, must_use_tensor_cores=bool(loops) and not exact)
+    precision = case.config.get("precision", "ieee") if case.config["dtype"] == "fp32" else None
+    exact = precision == "ieee"
+    why = _faults(
+        binary,
+        target,
+        blocks,
+        must_use_tensor_cores=bool(loops) and not exact,
+        # No instruction turns a tile of 32-bit elements on its way to the tensor cores, so what
+        # is read across (in dweight) is loaded element by element.
+        must_load_wide=precision in (None, "ieee"),
+    )
     return Row(
         kernel=case.launch.kernel,
         target=target.name,
@@ -120,7 +138,12 @@ def _failed(case: Case, why: str) -> Row:
 
 
 def _faults(
-    binary: Binary, target: Target, blocks: int, *, must_use_tensor_cores: bool
+    binary: Binary,
+    target: Target,
+    blocks: int,
+    *,
+    must_use_tensor_cores: bool,
+    must_load_wide: bool,
 ) -> list[str]:
     listing = binary.listing
     why: list[str] = []
@@ -135,8 +158,8 @@ def _faults(
     for loop in binary.loops:
         if not loop.pipelined:
             why.append(f"loads of {', '.join(loop.tiles)} are not pipelined")
-        if loop.copied_bytes is not None and loop.copied_bytes < WIDE:
+        if must_load_wide and (loop.copied_bytes or WIDE) < WIDE:
             why.append(f"tiles are copied by {loop.copied_bytes} bytes")
-    if binary.loops and max(listing.loads, default=0) < WIDE:
+    if must_load_wide and binary.loops and max(listing.loads, default=0) < WIDE:
         why.append(f"no load of {WIDE} bytes")
     return why

@@ -55,6 +55,8 @@ REGISTERS = 64
 spills in most kernels (docs/targets.md)."""
 MORE_REGISTERS = {("dweight", "sm90"): 128, ("dweight", "sm100"): 128}
 """Where more are no trouble: its operands stay in shared memory, and there is no epilogue."""
+SPILLS = {("dweight", "sm89", Tile(32, 128, 64, 4, 3, 8))}
+"""Tiles of 16-bit operands that fit by these numbers and spill all the same, as the sweep found."""
 LANES = {"gfx942": 64}
 """Threads of a warp, where not 32."""
 
@@ -147,7 +149,7 @@ def space(kernel: str, family: str, operands: str) -> Iterator[Tile]:
         for num_warps in (4, 8):
             tile = Tile(block_n, block_v, block_d, num_warps, stages, default.group)
             if fits(tile, kernel, family, operands):
-                if tile != default:
+                if tile != default and (kernel, family, tile) not in SPILLS:
                     yield tile
                 # More warps than hold the sums would leave each with less to do for its loads.
                 break
