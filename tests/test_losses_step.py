@@ -37,7 +37,7 @@ def rated_groups(count: int) -> tuple[TokenizedGroup, ...]:
             candidate_ids=tuple(
                 tuple(token % VOCABULARY for token in ids) for ids in group.candidate_ids
             ),
-            ratings=tuple(float(place % 3) for place in range(group.num_candidates)),
+            scores=tuple(float(place % 3) for place in range(group.num_candidates)),
         )
         for group in groups_of(count)
     ]

@@ -147,4 +147,8 @@ def test_a_run_without_scores_cannot_take_a_loss_of_ratings(
     bare = arguments | {"train_data": write_jsonl(tmp_path / "pairs.jsonl", pairs)}
     assert main([*words(bare), "--loss_type", "nca_rated"]) == 2
     assert "nca_rated needs a score of every completion" in capsys.readouterr().err
-    assert main([*words(arguments), "--loss_type", "nca_rated", "--max_steps", "1"]) == 0
+    for row in rows:
+        for completion in row["completions"]:
+            completion["score"] = -completion["rank"]
+    scored = arguments | {"train_data": write_jsonl(tmp_path / "scored.jsonl", rows)}
+    assert main([*words(scored), "--loss_type", "nca_rated", "--max_steps", "1"]) == 0
