@@ -180,3 +180,11 @@ def test_files_of_the_other_kind_are_named(tmp_path: Path) -> None:
         whole.load(tmp_path, policy.model, optimizer)
     with pytest.raises(ValueError, match="must hold shards/, and an engine with whole weights"):
         sharded_files.load(tmp_path, policy.model, optimizer)
+
+
+@pytest.mark.parametrize("name", choose.SHARDING)
+def test_a_sharding_engine_trains_every_weight(name: str) -> None:
+    policy = Policy(build_model(), head_impl="auto", autocast_dtype=None)
+    policy.model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ValueError, match=f"engine: {name} trains every weight, and 1 are frozen"):
+        choose.make_engine(name, policy, parse_args([]), torch.device("cpu"))
