@@ -1,0 +1,1 @@
+"""Who says which completion is better: a language model, a reward, or a program."""
