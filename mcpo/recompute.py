@@ -71,8 +71,6 @@ def resolve_recompute(
         ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
-    if state_bytes is None:
-        state_bytes = model.num_parameters() * BYTES_PER_PARAMETER
     if not packs:
         return _resolve_plain(asked, config, groups, model, memory, state_bytes)
     if asked != "auto":
@@ -95,7 +93,7 @@ def _resolve_plain(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
-    state_bytes: float,
+    state_bytes: float | None,
 ) -> Recompute:
     """Of a model that takes one sequence per row."""
     able = model.supports_gradient_checkpointing
@@ -122,9 +120,11 @@ def _fits(
     groups: Sequence[TokenizedGroup],
     model: PreTrainedModel,
     memory: int,
-    state_bytes: float,
+    state_bytes: float | None,
 ) -> tuple[bool, str]:
     """Whether the memory is enough for a mode, and what is needed of it."""
+    if state_bytes is None:
+        state_bytes = model.num_parameters() * BYTES_PER_PARAMETER
     tokens = largest_micro_batch(config, groups)
     needed = state_bytes + SAFETY * activation_bytes(model.config, tokens, mode)
     return needed <= memory, f"{needed / 1e9:.1f} of {memory / 1e9:.1f} GB needed at most"
