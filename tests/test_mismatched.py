@@ -109,7 +109,7 @@ def test_what_the_losses_need_of_the_rows() -> None:
     assert for_losses(groups, make_config({})) is groups
     paired = for_losses(groups, make_config({"loss_type": ["dpo", "kto"]}))
     assert (paired.train, paired.held_out) == (MATCHED, groups.held_out)
-    message = r"infonca needs a score of every completion, .*, and 8 of 8 rows lack them, row 'r0'"
+    message = r"infonca needs a score of every completion .*, and 8 of 8 rows lack them, row 'r0'"
     with pytest.raises(ValueError, match=message):
         for_losses(groups, make_config({"loss_type": "infonca"}))
 
