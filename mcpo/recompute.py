@@ -80,8 +80,6 @@ def resolve_recompute(
         ValueError: a mode is given that the model does not have.
     """
     asked = asked_mode(config.model)
-    if state is None:
-        state = state_bytes(config, model)
     if not packs:
         return _resolve_plain(asked, config, groups, model, memory, state)
     if asked != "auto":

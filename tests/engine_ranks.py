@@ -88,8 +88,8 @@ class Draws(list[list[int]]):
     def __exit__(self, *_: object) -> None:
         step.sample_negatives = self._original
 
-    def _note(self, *arguments: Any) -> Any:
-        draw = self._original(*arguments)
+    def _note(self, *arguments: Any, **options: Any) -> Any:
+        draw = self._original(*arguments, **options)
         self += draw.negative_PM.tolist()
         return draw
 

@@ -182,6 +182,14 @@ def test_files_of_the_other_kind_are_named(tmp_path: Path) -> None:
         sharded_files.load(tmp_path, policy.model, optimizer)
 
 
+@pytest.mark.parametrize("name", choose.SHARDING)
+def test_a_sharding_engine_trains_every_weight(name: str) -> None:
+    policy = Policy(build_model(), head_impl="auto", autocast_dtype=None)
+    policy.model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ValueError, match=f"engine: {name} trains every weight, and 1 are frozen"):
+        choose.make_engine(name, policy, parse_args([]), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
@@ -190,7 +198,7 @@ def test_files_of_the_other_kind_are_named(tmp_path: Path) -> None:
         ({"sync_ref_model": True}, "a live reference"),
     ],
 )
-@pytest.mark.parametrize("name", ["fsdp2", "deepspeed"])
+@pytest.mark.parametrize("name", choose.SHARDING)
 def test_what_sharded_weights_do_not_have_is_refused(
     options: dict[str, Any], what: str, name: str
 ) -> None:

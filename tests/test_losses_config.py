@@ -39,7 +39,7 @@ from mcpo.config import LossConfig
         ({"loss_type": "rnce"}, "negatives drawn uniformly (for others it is mcpo): strategy must"),
         (
             {"loss_type": "mcpo_unbiased", "num_negatives": 2},
-            "unbiased for one way to draw: strategy mc, score log_ratio, temperature 1, with",
+            "unbiased for one way to draw: strategy mc, score log_ratio, temperature 1, chain none",
         ),
         ({"loss_type": "mcpo_unbiased", "strategy": "max"}, "mcpo_unbiased is unbiased for one"),
         ({"loss_type": "mcpo_unbiased", "score": "logp"}, "mcpo_unbiased is unbiased for one"),

@@ -37,7 +37,7 @@ def rated_groups(count: int) -> tuple[TokenizedGroup, ...]:
             candidate_ids=tuple(
                 tuple(token % VOCABULARY for token in ids) for ids in group.candidate_ids
             ),
-            ratings=tuple(float(place % 3) for place in range(group.num_candidates)),
+            scores=tuple(float(place % 3) for place in range(group.num_candidates)),
         )
         for group in groups_of(count)
     ]
@@ -157,7 +157,9 @@ def job_of(rank: int, world_size: int, per_device: int, steps: int) -> Job:
     engine = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
     running = RunningBaselines()
     running.load_state_dict({"delta": 0.2, "mismatched": 0.3})
-    job = SimpleNamespace(config=config, engine=engine, train_groups=GROUPS, baselines=running)
+    job = SimpleNamespace(
+        config=config, engine=engine, train_groups=GROUPS, baselines=running, chains=None
+    )
     return cast("Job", job)
 
 
@@ -209,7 +211,7 @@ def test_terms_and_baselines_are_logged_where_they_are(
     assert metrics["kto/z0"] == pytest.approx(BASELINES.z0)
     batch = pack(GROUPS, share_prefix=True)
     with torch.no_grad():
-        ratio_P = mismatched_logps(policy(batch), batch) - references.mismatched(batch)
+        ratio_P = mismatched_logps(policy(batch), batch) - references.with_mismatched(batch)[1]
     assert metrics["kto/mismatched"] == pytest.approx(0.1 * float(ratio_P.mean()), rel=1e-5)
     assert "bco/delta" not in metrics
     _, metrics = gradient_of(policy, [work(packs(40))], references, run_config("bco"), "none")

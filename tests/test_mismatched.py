@@ -109,7 +109,7 @@ def test_what_the_losses_need_of_the_rows() -> None:
     assert for_losses(groups, make_config({})) is groups
     paired = for_losses(groups, make_config({"loss_type": ["dpo", "kto"]}))
     assert (paired.train, paired.held_out) == (MATCHED, groups.held_out)
-    message = r"infonca needs a score of every completion, .*, and 8 of 8 rows lack them, row 'r0'"
+    message = r"infonca needs a score of every completion .*, and 8 of 8 rows lack them, row 'r0'"
     with pytest.raises(ValueError, match=message):
         for_losses(groups, make_config({"loss_type": "infonca"}))
 
@@ -147,4 +147,8 @@ def test_a_run_without_scores_cannot_take_a_loss_of_ratings(
     bare = arguments | {"train_data": write_jsonl(tmp_path / "pairs.jsonl", pairs)}
     assert main([*words(bare), "--loss_type", "nca_rated"]) == 2
     assert "nca_rated needs a score of every completion" in capsys.readouterr().err
-    assert main([*words(arguments), "--loss_type", "nca_rated", "--max_steps", "1"]) == 0
+    for row in rows:
+        for completion in row["completions"]:
+            completion["score"] = -completion["rank"]
+    scored = arguments | {"train_data": write_jsonl(tmp_path / "scored.jsonl", rows)}
+    assert main([*words(scored), "--loss_type", "nca_rated", "--max_steps", "1"]) == 0

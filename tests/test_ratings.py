@@ -1,4 +1,4 @@
-"""Scores and ranks of the data, on their way to the losses that look at them."""
+"""Scores of the data, on their way to the losses and draws that look at them."""
 
 from __future__ import annotations
 
@@ -31,38 +31,39 @@ def test_ratings_stay_with_their_candidates() -> None:
     config = TokenConfig(prompt_format="plain", max_length=12, too_long="drop")
     (group,) = tokenize([one], make_tokenizer(), config).groups
     assert texts(make_tokenizer(), group)[1] == ["yes<|im_end|>", "no<|im_end|>", "maybe<|im_end|>"]
-    assert group.ratings == (9.0, 7.0, 3.0)
+    assert group.scores == (9.0, 7.0, 3.0)
 
 
 @pytest.mark.parametrize(
     ("candidates", "expected"),
     [
         ([("a", 2.0, 1.0), ("b", 0.5, 2.0)], (2.0, 0.5)),
-        ([("a", None, 1.0), ("b", 0.5, 2.5)], (-1.0, -2.5)),
-        ([("a", 2.0, 1.0), ("b", None, None)], None),
+        ([("a", None, 1.0), ("b", 0.5, 2.5)], (None, 0.5)),
+        ([("a", None, 1.0), ("b", None, 2.0)], ()),
     ],
-    ids=["scores", "ranks", "neither"],
+    ids=["scores", "some", "ranks"],
 )
-def test_a_rating_is_a_score_or_else_minus_a_rank(
-    candidates: list[tuple[str, float | None, float | None]], expected: tuple[float, ...] | None
+def test_ranks_are_no_scores(
+    candidates: list[tuple[str, float | None, float | None]], expected: tuple[float | None, ...]
 ) -> None:
     (group,) = tokenize([rated(*candidates)], make_tokenizer(), TokenConfig()).groups
-    assert group.ratings == expected
+    assert group.scores == expected
 
 
-def test_ratings_that_do_not_fit_are_refused() -> None:
-    broken = replace(GROUPS[0], ratings=(1.0,))
-    with pytest.raises(ValueError, match="row 'r0' must have one rating for each of its"):
+def test_scores_that_do_not_fit_are_refused() -> None:
+    broken = replace(GROUPS[0], scores=(1.0,))
+    with pytest.raises(ValueError, match="row 'r0' must have one score, or None, for each of its"):
         pack([broken], share_prefix=True)
 
 
-def test_ratings_stand_by_their_candidates() -> None:
+def test_scores_stand_by_their_candidates() -> None:
     rated = [
-        replace(group, ratings=tuple(10.0 * place + 1 for place in range(group.num_candidates)))
+        replace(group, scores=tuple(10.0 * place + 1 for place in range(group.num_candidates)))
         for group in GROUPS
     ]
     batch = pack(rated, share_prefix=True)
-    assert batch.rating_PC is not None
     columns = torch.arange(batch.mask_PC.shape[1]).expand(batch.mask_PC.shape)
-    assert torch.equal(batch.rating_PC, (10.0 * columns + 1).double() * batch.mask_PC)
-    assert pack([rated[0], GROUPS[1]], share_prefix=True).rating_PC is None
+    expected_PC = (10.0 * columns + 1).double().masked_fill(~batch.mask_PC, torch.nan)
+    assert torch.equal(batch.external_score_PC.nan_to_num(-1), expected_PC.nan_to_num(-1))
+    mixed = pack([rated[0], GROUPS[1]], share_prefix=True)
+    assert bool(mixed.external_score_PC[1].isnan().all())

@@ -96,7 +96,10 @@ def test_a_study_trains_each_arm_once_and_compares(
     ("change", "message"),
     [
         ({"arms": {"a": {"strategy": "mx"}}}, "arm 'a': strategy must be one of mc, max, min"),
-        ({"arms": {"a": {"loss_type": "dpoo"}}}, "arm 'a': loss_type must be one of mcpo, dpo"),
+        (
+            {"arms": {"a": {"loss_type": "dpoo"}}},
+            "arm 'a': loss_type must be one of mcpo, mcpo_unbiased",
+        ),
         ({"arms": {"a": {"train_data": "x.jsonl"}}}, "arm 'a': there is no file x.jsonl"),
         ({"arms": {"a": {"learning_rat": 1}}}, "arm 'a': unknown option 'learning_rat' in"),
         ({"arms": {"a": {"seed": 3}}}, "arm 'a' must leave seed to the study"),

@@ -107,8 +107,7 @@ def test_what_spills_fails_and_says_so():
         import json
         from mcpo_kernels.linear_logprob.triton.tiles import Tile
         from mcpo_kernels.targets import cases
-        from mcpo_kernels.targets.cases import DTYPES
-from mcpo_kernels.targets.devices import TARGETS
+        from mcpo_kernels.targets.devices import TARGETS
         from mcpo_kernels.targets.verdict import row_of
         tile = Tile(128, 256, 32, 4, 3, 8)
         (case,) = cases.launches(
@@ -199,8 +198,7 @@ def test_odd_sizes_compile(target):
     script = textwrap.dedent(f"""
         import json
         from mcpo_kernels.targets.cases import launches
-        from mcpo_kernels.targets.cases import DTYPES
-from mcpo_kernels.targets.devices import TARGETS
+        from mcpo_kernels.targets.devices import TARGETS
         from mcpo_kernels.targets.verdict import row_of
         from mcpo_kernels.testing import Shape
         rows = [

@@ -14,6 +14,8 @@ from mcpo.optimizer import build_optimizer
 from mcpo.policy import Policy
 from mcpo.reference import resolved_kind
 
+# What is not known of these: frozen weights, a second policy beside the one that is trained.
+SHARDING = ("fsdp2", "deepspeed")
 # Of these the weights are read by the first rank alone.
 LOADED_ONCE = ("fsdp2",)
 
@@ -53,7 +55,7 @@ def check_combination(config: Config, name: str) -> None:
     Raises:
         ValueError: adapters or a live reference with such an engine.
     """
-    if name not in ("fsdp2", "deepspeed"):
+    if name not in SHARDING:
         return
     wanted = {
         "adapters (use_peft, adapter_name_or_path)": config.adapter.adapts,
@@ -89,6 +91,8 @@ def make_engine(name: str, policy: Policy, config: Config, device: torch.device)
     Raises:
         ValueError: the policy cannot be run by it.
     """
+    if name in SHARDING:
+        _require_all_trained(name, policy)
     if name == "fsdp2":
         from mcpo.engine.fsdp2 import FSDP2Engine
         from mcpo.engine.sharding import shard
@@ -107,3 +111,12 @@ def make_engine(name: str, policy: Policy, config: Config, device: torch.device)
     if name == "ddp":
         return DDPEngine(policy, optimizer, device)
     return SingleEngine(policy, optimizer, device)
+
+
+def _require_all_trained(name: str, policy: Policy) -> None:
+    frozen = [key for key, weight in policy.named_parameters() if not weight.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"engine: {name} trains every weight, and {len(frozen)} are frozen, such as "
+            f"{frozen[0]}, as under adapters; use engine: ddp"
+        )

@@ -80,7 +80,7 @@ def _targets(batch: ScoredBatch, config: LossConfig, name: str) -> Tensor:
     if batch.rating_PC is None:
         raise ValueError(
             f"{name} needs a rating of every candidate, got a batch without; give each completion "
-            "of the data a score, or each a rank"
+            "of the data a score"
         )
     rating_PN = with_chosen(batch.rating_PC, batch, absent=-torch.inf)
     target_PN = torch.softmax(rating_PN / config.rating_temperature, dim=1)
