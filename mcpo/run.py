@@ -67,7 +67,7 @@ def run(config: Config, segment: Segment | None = None) -> bool:
         NotImplementedError: the model asks for attention that packing does not have.
         NonFiniteError: a loss or gradient is not finite.
     """
-    _be_quiet()
+    be_quiet()
     resolved_kind(config)
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     _check_impls(config, placement)
@@ -335,7 +335,7 @@ def _track_nothing(metrics: object, step: int) -> None:
     """The tracker of every rank but the first."""
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Keep the libraries' own bars and warnings out of a run's output."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -16,13 +16,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mcpo import checkpoint
+from mcpo.config import Config
 from mcpo.data.mixture import SourceSpec
 from mcpo.engine import local_rank, local_world_size, rank, world_size
 from mcpo.engine.ranks import process_group, wait_for_all
@@ -36,7 +37,7 @@ from mcpo.online.samples import count, read_work, sample_all
 from mcpo.online.segments import cut_into_segments, prompts_of
 from mcpo.placement import Placement, place
 from mcpo.progress import progress
-from mcpo.run import RESULTS, policy_folder, run
+from mcpo.run import RESULTS, be_quiet, policy_folder, run
 
 SEGMENTS = "segments"
 
@@ -48,6 +49,7 @@ def run_online(config: OnlineRun) -> None:
         Everything that ``run`` raises, and of generation and judging: ``GenerationError`` and
         ``JudgeError``, which lose nothing that was answered.
     """
+    be_quiet()
     placement = place(config.model, local_rank=local_rank(), local_world_size=local_world_size())
     prompts = load_prompts(Path(config.online.prompts))
     console = Console(quiet=rank() != 0, highlight=False)
@@ -203,13 +205,12 @@ def _policy_of(config: OnlineRun, segment: Segment) -> str:
     return str(folder)
 
 
-def _with_rows(config: OnlineRun, rows: Path) -> OnlineRun:
-    """The same run on the rows of a segment, from the last checkpoint on."""
-    return replace(
-        config,
-        data=replace(config.data, train_data=(SourceSpec(path=str(rows)),)),
-        run=replace(config.run, resume=True, overwrite_output_dir=False),
-    )
+def _with_rows(config: OnlineRun, rows: Path) -> Config:
+    """The ordinary run on the rows of a segment, from the last checkpoint on."""
+    sections = {section.name: getattr(config, section.name) for section in fields(Config)}
+    sections["data"] = replace(config.data, train_data=(SourceSpec(path=str(rows)),))
+    sections["run"] = replace(config.run, resume=True, overwrite_output_dir=False)
+    return Config(**sections)
 
 
 def _is_done(config: OnlineRun, segment: Segment) -> bool:
