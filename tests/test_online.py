@@ -321,7 +321,7 @@ def test_a_segment_without_rows_says_so(
 
 @pytest.mark.slow
 def test_two_processes_share_a_run(options: dict[str, Any]) -> None:
-    two = options | {"per_device_train_batch_size": 1}
+    two = options | {"per_device_train_batch_size": 1, "reward": "tests.online_reward:words"}
     torchrun(two, 2, job="-m mcpo.online")
     folder = options["output_dir"]
     assert (folder / "model").is_dir()
