@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(model, settings, POLICY)
+    _refuse_unmatched(model, settings)
     if config.adapter_name_or_path:
         load(Path(config.adapter_name_or_path), model)
     if keep_reference:
@@ -92,6 +94,7 @@ def _loaded_settings(config: AdapterConfig) -> LoraConfig:
     plain = (
         settings.peft_type == "LORA"
         and settings.bias == "none"
+        and not settings.lora_bias
         and not settings.use_dora
         and not settings.modules_to_save
     )
@@ -116,6 +119,24 @@ def _inject(model: PreTrainedModel, settings: LoraConfig, name: str) -> None:
             f"lora_target_modules must name linear layers of {type(model).__name__}, got "
             f"{settings.target_modules!r} ({error})"
         ) from error
+
+
+def _refuse_unmatched(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """peft trains what it finds of a list of names and says nothing of the others."""
+    asked = settings.target_modules
+    if isinstance(asked, str) or asked is None:
+        return
+    peft_layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    found = [name for name, module in model.named_modules() if isinstance(module, peft_layer)]
+    unmatched = sorted(
+        name for name in asked if not any(f".{layer}".endswith(f".{name}") for layer in found)
+    )
+    if unmatched:
+        raise ValueError(
+            f"lora_target_modules must each name a linear layer of {type(model).__name__}, got "
+            f"{', '.join(unmatched)}, which is the name of none; all-linear stands for all but the "
+            "head and goes alone"
+        )
 
 
 def _peft() -> Any:
@@ -149,15 +170,19 @@ def write(model: PreTrainedModel, name: str, weights: Mapping[str, Tensor]) -> N
         ValueError: there is one too many or too few.
     """
     own = read(model, name)
-    if set(own) != set(weights):
-        differing = sorted(set(own) ^ set(weights))
+    shapes, given = (
+        {(key, tuple(tensor.shape)) for key, tensor in each.items()} for each in (own, weights)
+    )
+    if shapes != given:
         raise ValueError(
-            f"an adapter must have every weight of the model's and no other, got {len(weights)} "
-            f"of {len(own)}; on one side alone: {differing[:3]}"
+            f"an adapter must have every weight of the model's, in its shape, and no other, got "
+            f"{len(weights)} of {len(own)}; on one side alone: {sorted(shapes ^ given)[:3]}"
         )
     for key, tensor in own.items():
-        # peft gives the tensors themselves.
-        tensor.copy_(weights[key])
+        # A dry run's have no numbers.
+        if not weights[key].is_meta:
+            # peft gives the tensors themselves.
+            tensor.copy_(weights[key])
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -177,9 +202,15 @@ def load(folder: Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: its weights are not those of the model's adapter.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = load_file(folder / WEIGHTS_FILE)
+    try:
+        found = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} must be a safetensors file, and cannot be read: {error}"
+        ) from error
     try:
         write(model, POLICY, {name.removeprefix(_PREFIX): found[name] for name in found})
     except ValueError as error:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mcpo import adapters
 from mcpo.engine import Engine
-from mcpo.engine.whole import on_host
+from mcpo.engine.whole import on_host, read_state_dicts
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -132,7 +132,7 @@ def read_state(folder: Path) -> TrainState:
 
 def load_training(folder: Path) -> dict[str, Any]:
     """The state dict of the schedule, and of whatever else was saved with it."""
-    return torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+    return read_state_dicts(folder / "training.pt")
 
 
 @contextmanager

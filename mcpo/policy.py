@@ -194,7 +194,7 @@ class Policy(nn.Module):
             device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
             recording = nullcontext() if recompute is None else recompute.recording()
-            with recording, rows_of_tied_embeddings(self.model):
+            with recording, rows_of_tied_embeddings(self.model, device_type):
                 hidden_ND = self.scored_hidden(batch)
             head: Any = self.model.get_output_embeddings()
             return head(hidden_ND, batch)
@@ -260,7 +260,7 @@ def logits_mb(recompute: str) -> float:
 
 
 @contextmanager
-def rows_of_tied_embeddings(model: PreTrainedModel) -> Generator[None]:
+def rows_of_tied_embeddings(model: PreTrainedModel, device_type: str) -> Generator[None]:
     """Where head and embeddings have one weight, embeddings inside have a sparse gradient.
 
     The head's is dense, so their sum is dense too, and no table of zeros need be made for the few
@@ -268,7 +268,12 @@ def rows_of_tied_embeddings(model: PreTrainedModel) -> Generator[None]:
     set for a forward and not for good.
     """
     embeddings, head = model.get_input_embeddings(), scoring_head(model)
-    if not isinstance(embeddings, nn.Embedding) or embeddings.weight is not head.weight:
+    # On other devices rows are added by atomics, whose order differs from run to run.
+    if (
+        not isinstance(embeddings, nn.Embedding)
+        or embeddings.weight is not head.weight
+        or device_type != "cpu"
+    ):
         yield
         return
     before, embeddings.sparse = embeddings.sparse, True

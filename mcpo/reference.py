@@ -131,6 +131,13 @@ def resolved_kind(config: Config) -> str:
             f"reference: none needs a loss and a score without a reference, got {needed_by}; "
             "give reference: auto, or other ones"
         )
+    lazy = config.kernel.scoring == "lazy" and config.kernel.score != "log_ratio"
+    if lazy and (config.reference.sync_ref_model or asked == "live"):
+        raise ValueError(
+            f"scoring: lazy with score: {config.kernel.score} begins with log-probabilities of the "
+            "reference that are known before training; set reference: precomputed, or score: "
+            "log_ratio"
+        )
     if config.reference.sync_ref_model:
         if config.adapter.adapts and config.reference.ref_model_mixup_alpha != 1:
             raise ValueError(

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         study = read_study(arguments.file)
         todo = check(study)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = len(study.arms) * len(study.seeds)
@@ -192,7 +192,7 @@ def _named(arm: str, action: Any) -> Any:
     """Errors of an arm begin with its name."""
     try:
         return action()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
         raise type(error)(f"arm {arm!r}: {error}") from error
 
 

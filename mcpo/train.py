@@ -17,8 +17,8 @@ from mcpo.cli import parse_args
 # What a caller can mend; anything else is a defect of ours and shows its traceback.
 CALLERS_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    FileExistsError,
+    # Files and folders: not there, in the way, not to be read or written, a full disk.
+    OSError,
     ModuleNotFoundError,
     NotImplementedError,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_model, words
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_recompute import BATCH, assert_same, gradients, naive_loss, recomputed_loss
 from test_step import GROUPS, references_of
 from tiny_models import float64_model
@@ -254,6 +254,8 @@ def test_a_dry_run_counts_what_trains(
         ({"lora_r": 0}, "lora_r must be at least 1, got 0"),
         ({"use_peft": "false"}, "options of adapters need use_peft: true or adapter_name_or_path"),
         ({"lora_target_modules": "wq"}, "lora_target_modules must name linear layers of Llama"),
+        ({"lora_target_modules": ["q_proj", "v_porj"]}, "got v_porj, which is the name of none"),
+        ({"lora_target_modules": ["all-linear", "lm_head"]}, "all-linear stands for every linear"),
         ({"adapter_name_or_path": "x"}, "brings its own rank, scale and targets, so these must"),
         (
             {"lora_target_modules": "lm_head", "merge_adapter": "true"},
@@ -269,7 +271,10 @@ def test_what_adapters_cannot_do_is_refused(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(words(arguments | LORA | change)) == 2
+    given = arguments | LORA | change
+    targets = given.pop("lora_target_modules", [])
+    listed = ["--lora_target_modules", *([targets] if isinstance(targets, str) else targets)]
+    assert main([*words(given), *(listed if targets else [])]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -299,6 +304,19 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
     )
     config = AdapterConfig(adapter_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match="does not fit the model: an adapter must have every"):
+        attach(build_model(), config, seed=0, keep_reference=False)
+
+
+def test_an_adapter_of_another_base_or_a_cut_one_is_refused(tmp_path: Path) -> None:
+    save(adapted(build_model(), "q_proj"), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    narrow = {name: tensor[:2].contiguous() for name, tensor in weights.items()}
+    save_file(narrow, tmp_path / "adapter_model.safetensors")
+    config = AdapterConfig(adapter_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match="must have every weight of the model's, in its shape"):
+        attach(build_model(), config, seed=0, keep_reference=False)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="must be a safetensors file, and cannot be read"):
         attach(build_model(), config, seed=0, keep_reference=False)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mcpo.cli import make_config, option_names, parse_args, to_flat
+from mcpo.cli import make_config, option_names, parse_args, parse_args_of, to_flat
+from mcpo.config import Config
 from mcpo.data.mixture import SourceSpec
+from mcpo.online.config import OnlineRun
 
 
 def test_command_line_overrides_the_file(tmp_path: Path) -> None:
@@ -117,7 +119,8 @@ def test_every_recipe_of_the_repository_is_valid() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        parse_args(["--config", str(recipe)])
+        root = OnlineRun if recipe.stem.startswith("online") else Config
+        parse_args_of(root, "mcpo", "", ["--config", str(recipe)])
 
 
 def test_help_is_grouped_fast_and_needs_no_torch() -> None:

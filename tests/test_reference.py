@@ -224,6 +224,10 @@ def test_a_run_without_reference(
     [
         ({"reference": "none"}, "got loss_type: mcpo and score: log_ratio; give reference: auto"),
         ({"reference": "none", "score": "logp"}, "score without a reference, got loss_type: mcpo;"),
+        (
+            {"reference": "live", "scoring": "lazy", "score": "logp"},
+            "set reference: precomputed, or score: log_ratio",
+        ),
         (SYNC | {"reference": "precomputed"}, "then must be live (reference: live or auto), got"),
         ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha must be in (0, 1], got 0.0"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1, got 0"),

@@ -233,3 +233,18 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(
     # An engine that holds whole weights says that it cannot read shards.
     assert main([*words(arguments | {"output_dir": copied}), "--resume"]) == 2
     assert "a sharded engine wrote it; resume with that engine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["training.pt", "optimizer.pt"])
+def test_a_checkpoint_that_is_cut_off_is_named(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(words(arguments | {"max_steps": 2, "save_steps": 1})) == 0
+    path = arguments["output_dir"] / "checkpoint-2" / name
+    path.write_bytes(path.read_bytes()[:100])
+    shutil.rmtree(arguments["output_dir"] / "model")
+    (arguments["output_dir"] / "summary.json").unlink()
+    assert main([*words(arguments | {"max_steps": 2, "save_steps": 1}), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"its {name} cannot be read" in error
+    assert "delete that folder to continue from the checkpoint before it" in error

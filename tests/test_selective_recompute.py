@@ -264,10 +264,13 @@ def test_attention_runs_once_where_its_results_are_kept(
 ) -> None:
     """Two prompts and their chosen candidates have pieces of three shapes."""
     calls = []
-    kernel = cpu._kernel
-    monkeypatch.setattr(
-        cpu, "_kernel", lambda *args, **kw: calls.append(args) or kernel(*args, **kw)
-    )
+    find = cpu._op
+
+    def counted(part: str):
+        op = find(part)
+        return op if part else lambda *args, **kw: calls.append(args) or op(*args, **kw)
+
+    monkeypatch.setattr(cpu, "_op", counted)
     layers, hidden = make_layers(2), inputs()
     recompute, output = start(layers, hidden, keep_products=keep_products)
     recompute.choose(CHOSEN)

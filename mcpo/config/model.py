@@ -73,6 +73,12 @@ class AdapterConfig:
             self.lora_dropout,
         )
         require(bool(self.lora_target_modules), "lora_target_modules must name a layer", ())
+        require(
+            "all-linear" not in self.lora_target_modules or len(self.lora_target_modules) == 1,
+            "lora_target_modules: all-linear stands for every linear layer but the head and goes "
+            "alone; name the layers to have the head among them",
+            self.lora_target_modules,
+        )
         names = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
         given = [name for name in names if getattr(self, name) != default_of(type(self), name)]
         require(

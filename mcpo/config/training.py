@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from mcpo.config.options import option, require
@@ -35,8 +36,11 @@ class OptimConfig:
             "max_tokens_per_micro_batch",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
-            require(getattr(self, name) > 0, f"{name} must be positive", getattr(self, name))
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+            value = getattr(self, name)
+            require(0 < value < inf, f"{name} must be positive and finite", value)
+        require(self.max_grad_norm > 0, "max_grad_norm must be positive", self.max_grad_norm)
+        require(0 <= self.weight_decay < inf, "weight_decay must be 0 or more", self.weight_decay)
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio must be in [0, 1]", self.warmup_ratio)
@@ -74,7 +78,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("logging_steps", "heldout_max_new_tokens", "heldout_batch_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(self.seed >= 0, "seed must be 0 or more", self.seed)
+        require(0 <= self.seed < 2**63, "seed must be from 0 to 2**63 - 1", self.seed)
         require(self.save_steps >= 0, "save_steps must be 0 or more", self.save_steps)
         require(self.eval_steps >= 0, "eval_steps must be 0 or more", self.eval_steps)
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,24 @@ def load(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer)
             "resume with that engine, or start anew in another output_dir"
         )
     load_weights(folder, model)
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
+    optimizer.load_state_dict(read_state_dicts(folder / OPTIMIZER))
+
+
+def read_state_dicts(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, without running any code of it.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    # A file that is cut off, or is another's, fails in ways of its own.
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path.parent} must be a whole checkpoint to resume from, and its {path.name} cannot "
+            f"be read ({' '.join(str(error).split())[:200]}); delete that folder to continue from "
+            "the checkpoint before it"
+        ) from error
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:

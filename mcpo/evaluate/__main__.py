@@ -4,6 +4,7 @@ alpaca      AlpacaEval 2's annotation files: win rate, standard error, length-co
 arena       Arena-Hard's judgment files: score with a bootstrap interval
 published   the statistics, checked against AlpacaEval 2's published figures
 page        an HTML page with two models' answers side by side
+judge       have a language model compare two models' answers, into an annotation file
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from mcpo_kernels.prefix_attention.pieces import end_aligned_mask, join, stacked, window_block
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
     from mcpo_kernels.prefix_attention.layout import PrefixLayout
     from mcpo_kernels.prefix_attention.scores import ScoreRule
-
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(
@@ -79,7 +77,7 @@ def _attend(
         if mask_LK is not None:
             options["attn_mask"] = _added(mask_LK, query_HTD.dtype)
         if known is None:
-            output_BHLD, lse_BHL = _kernel(*tensors, 0.0, **options)
+            output_BHLD, lse_BHL = _op("")(*tensors, 0.0, **options)
         else:
             output_BLHE, lse_BLH = (
                 torch.stack([join(parts, piece.queries, dim=0) for piece in group])
@@ -102,9 +100,27 @@ class _Known(Function):
         return output_BHLD.view_as(output_BHLD)
 
     @staticmethod
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _kernel_backward(*doutputs, *ctx.saved_tensors, 0.0, **ctx.options)
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *doutputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gradients = _op("_backward")(*doutputs, *ctx.saved_tensors, 0.0, **ctx.options)
         return *gradients, None, None, None
+
+
+def _op(part: str) -> Any:
+    """torch's kernel, or its backward; they have no public names, so a release may move them.
+
+    Raises:
+        RuntimeError: this release has.
+    """
+    name = f"_scaled_dot_product_flash_attention_for_cpu{part}"
+    if not hasattr(torch.ops.aten, name):
+        raise RuntimeError(
+            f"attention on CPUs needs aten::{name}, which torch {torch.__version__} does not have; "
+            "use a release that this package is tested with, or attention_impl: reference"
+        )
+    return getattr(torch.ops.aten, name)
 
 
 def _added(mask_LK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from mcpo_kernels.selective_recompute.remember import Notes, Noting, Telling
 from mcpo_kernels.selective_recompute.rows import Rows, row_dim
@@ -176,11 +177,15 @@ class Replayed(Function):
         ctx.call = call
         ctx.notes, answers = noting.finish()
         ctx.dims = tuple(row_dim(tensor, choice.layout.num_tokens) for tensor in tensors)
-        ctx.save_for_backward(*tensors, *answers)
+        # Detached, as an answer may be what the layer returns, and that belongs to the graph.
+        ctx.save_for_backward(*tensors, *(answer.detach() for answer in answers))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Through the chosen rows; the others have no gradient and get zeros."""
         # It has no public name.
         if not torch.autograd._is_checkpoint_valid():  # pyright: ignore[reportPrivateUsage]
@@ -201,6 +206,8 @@ class Replayed(Function):
         with torch.enable_grad(), Telling(notes, held[len(wanted) :], num_rows):
             outputs = call.run(inputs, rows)
         _go_back(outputs, gradients, rows)
+        # The loss may live on, and with it this node; a second backward casts anew.
+        ctx.notes = notes.without_casts()
         found = tuple(tensor.grad for tensor in inputs)
         if rows is None:
             return None, None, *found

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -41,12 +42,15 @@ class Inputs:
 
 
 def linear(
-    inputs: Inputs, input_1TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None
+    inputs: Inputs, input_1TD: Tensor, weight_OD: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Product]:
-    """``linear(input, weight, bias)`` without a graph, and what a replay may use again."""
+    """``linear(input, weight, bias)`` without a graph, and what a replay may use again.
+
+    ``bias`` has torch's name, under which layers give it.
+    """
     dtype = _autocast(input_1TD)
     used_OD = weight_OD.detach().to(_autocast(weight_OD))
-    bias_O = None if bias_O is None else bias_O.detach().to(_autocast(bias_O))
+    bias_O = None if bias is None else bias.detach().to(_autocast(bias))
     output_1TO = multiply(inputs.cast(input_1TD, dtype), used_OD, bias_O)
     kept = used_OD.dtype != weight_OD.dtype and used_OD.device.type == "cpu"
     return output_1TO, Product(weight_OD, used_OD if kept else None)
@@ -58,14 +62,14 @@ def known_linear(
     output_1RO: Tensor,
     input_1RD: Tensor,
     weight_OD: Tensor,
-    bias_O: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``linear(input, weight, bias)``, of which the value is known and the gradient is wanted."""
     used_OD = product.cast_OD
     if used_OD is None:
         used_OD = weight_OD.detach().to(_autocast(weight_OD))
     used_1RD = inputs.cast(input_1RD, _autocast(input_1RD))
-    return _KnownLinear.apply(input_1RD, weight_OD, bias_O, output_1RO, used_1RD, used_OD)
+    return _KnownLinear.apply(input_1RD, weight_OD, bias, output_1RO, used_1RD, used_OD)
 
 
 class _KnownLinear(Function):
@@ -79,7 +83,10 @@ class _KnownLinear(Function):
         return output_1RO.view_as(output_1RO)
 
     @staticmethod
-    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *doutputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         used_1RD, used_OD = ctx.saved_tensors
         doutput_RO = doutputs[0][0]
         dinput_1RD = dweight_OD = dbias_O = None
@@ -110,6 +117,8 @@ def _by_onednn(tensor: Tensor) -> bool:
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
+        # Typed as a constant, and what ``torch.backends.mkldnn.flags`` sets.
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

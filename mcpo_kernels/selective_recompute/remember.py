@@ -15,7 +15,7 @@ again:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,18 @@ class Notes:
     everything: bool
     """Not ``topk`` alone."""
     calls: tuple[Note, ...]
+
+    def without_casts(self) -> Notes:
+        """The same, where nothing but the casts of weights that were kept is let go."""
+        return Notes(
+            self.everything,
+            tuple(
+                note
+                if note.product is None
+                else replace(note, product=note.product._replace(cast_OD=None))
+                for note in self.calls
+            ),
+        )
 
 
 class Noting(TorchFunctionMode):

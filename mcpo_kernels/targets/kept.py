@@ -48,7 +48,7 @@ def folder() -> Path:
 
 def digest(launch: Launch, target: Target) -> str:
     """Of everything that decides what is read of the binary."""
-    parts = [launch.function.cache_key, launch.identity, target.name, *_constant_parts()]
+    parts = [launch.function.cache_key, launch.identity, str(target), *_constant_parts()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
