@@ -15,7 +15,7 @@ from tiny_models import SIZES, float64_model
 from mcpo.cli import make_config
 from mcpo.config import Config, KernelConfig, LossConfig
 from mcpo.engine.single import SingleEngine
-from mcpo.loop import Job, work_of
+from mcpo.loop import Job, Segment, work_of
 from mcpo.losses.baselines import RunningBaselines
 from mcpo.mismatched import with_mismatched
 from mcpo.pack import pack, split_by_budget
@@ -158,7 +158,12 @@ def job_of(rank: int, world_size: int, per_device: int, steps: int) -> Job:
     running = RunningBaselines()
     running.load_state_dict({"delta": 0.2, "mismatched": 0.3})
     job = SimpleNamespace(
-        config=config, engine=engine, train_groups=GROUPS, baselines=running, chains=None
+        config=config,
+        engine=engine,
+        train_groups=GROUPS,
+        baselines=running,
+        chains=None,
+        segment=Segment(number=0, start=0, stop=1),
     )
     return cast("Job", job)
 
