@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from mcpo.cli import parse_args
+from mcpo.config import Config
 
 # What a caller can mend; anything else is a defect of ours and shows its traceback.
 CALLERS_ERRORS = (
@@ -24,10 +26,34 @@ CALLERS_ERRORS = (
 )
 
 
+C = TypeVar("C")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit code."""
+
+    def load() -> Callable[[Config], object]:
+        from mcpo.run import run
+
+        return run
+
+    return through_the_door(lambda: parse_args(argv), load)
+
+
+def through_the_door(
+    read: Callable[[], C],
+    load: Callable[[], Callable[[C], object]],
+    further_errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Read a configuration and run it; returns the exit code.
+
+    Args:
+        read: gives the configuration, without torch.
+        load: imports torch, and gives what runs.
+        further_errors: of the caller, beside ``CALLERS_ERRORS``.
+    """
     try:
-        config = parse_args(argv)
+        config = read()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Only now, so that --help and a misspelt option answer at once.
-    from mcpo.run import run
+    run = load()
     from mcpo.step import NonFiniteError
 
     try:
         run(config)
-    except CALLERS_ERRORS as error:
+    except (*CALLERS_ERRORS, *further_errors) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mcpo import adapters
+from mcpo.policy import Policy
 
 OPTIMIZER = "optimizer.pt"
 
@@ -45,6 +47,45 @@ class WholeState(Mapping[str, Tensor]):
                 tensor = self._gather(shard)
                 found[id(shard)] = tensor.cpu() if keep else torch.empty(0)
         return {name: found[id(shard)] for name, shard in self._state.items()} if keep else {}
+
+
+class WholeWeights:
+    """What engines have in common of which every rank has all weights, gradients and moments."""
+
+    lockstep = False
+    rank: int
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+
+    def rounds(self, count: int) -> int:
+        """No forward or backward waits for another rank's."""
+        return count
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to ``max_norm``; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
+
+    def update(self) -> None:
+        """Take the optimizer's step, the same on every rank, and drop the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def together(self) -> AbstractContextManager[None]:
+        """A forward without gradients needs no other rank."""
+        return nullcontext()
+
+    def whole_state(self) -> Mapping[str, Tensor]:
+        """The model's state dict."""
+        return self.policy.model.state_dict()
+
+    def save(self, folder: Path) -> None:
+        """Write, from the first rank, the model as any loader reads it, and the optimizer."""
+        if self.rank == 0:
+            save(folder, self.policy.model, self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        """Take up what ``save`` wrote, on every rank."""
+        load(folder, self.policy.model, self.optimizer)
 
 
 def on_host(state: Mapping[str, Tensor], *, keep: bool) -> Mapping[str, Tensor]:
